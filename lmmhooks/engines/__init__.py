@@ -1,0 +1,1 @@
+"""What makes each kind of method run: hooks, caches, shapes. No engine knows a single method."""

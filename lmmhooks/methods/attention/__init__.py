@@ -1,0 +1,1 @@
+"""Methods of kind attention, one file each."""

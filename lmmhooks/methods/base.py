@@ -1,0 +1,134 @@
+"""
+What every method is; each kind adds its contract in ``methods/<kind>/base.py``.
+
+A method is a frozen dataclass. Its fields are its hyper-parameters, checked on construction; its class attributes say
+what it needs; its functions receive plain tensors and never see hooks, caches or model code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from lmmhooks.errors import MethodError
+
+__all__ = ["KINDS", "Hyperparameter", "Method", "setting"]
+
+KINDS = ("attention", "reduction", "decoding", "refinement")
+
+
+@dataclass(frozen=True)
+class Hyperparameter:
+    """One documented setting of a method."""
+
+    name: str
+    default: Any
+    required: bool
+    help: str
+
+
+def setting(default: Any = dataclasses.MISSING, *, help: str, **kwargs: Any) -> Any:  # noqa: A002 - reads as in typer
+    """
+    Declare a hyper-parameter with its documentation.
+
+    Parameters
+    ----------
+    default
+        Its default; leave out for a required one.
+    help
+        Meaning, unit, range and source of the default, in one or two sentences.
+    """
+    return field(default=default, metadata={"help": help}, **kwargs)
+
+
+@dataclass(frozen=True)
+class Method:
+    """
+    Base of all methods.
+
+    Class attributes a method sets: ``id`` (name in lower case, as in its paper), ``kind``, ``paper`` (title, venue,
+    arXiv id), ``code`` (official repository, empty when there is none) and ``calibrated`` (names of fields whose value
+    ``None`` means "measure it on this checkpoint when the model is wrapped").
+    """
+
+    id: ClassVar[str]
+    kind: ClassVar[str]
+    paper: ClassVar[str] = ""
+    code: ClassVar[str] = ""
+    calibrated: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def hyperparameters(cls) -> dict[str, Hyperparameter]:
+        """The settings of the method by name, with defaults and documentation."""
+        found = {}
+        for item in dataclasses.fields(cls):
+            required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+            default = None if required else item.default
+            found[item.name] = Hyperparameter(item.name, default, required, item.metadata.get("help", ""))
+        return found
+
+    @classmethod
+    def defaults_for(cls, family: Any) -> dict[str, Any]:
+        """
+        Published settings for a model.
+
+        Parameters
+        ----------
+        family
+            A :class:`~lmmhooks.family.Family`.
+
+        Returns
+        -------
+        dict
+            Hyper-parameters that differ from the class defaults for this model; empty when none are published.
+        """
+        return {}
+
+    def settings(self) -> dict[str, Any]:
+        """All hyper-parameters as JSON-compatible values; part of the identity of every stored answer."""
+        return {item.name: _plain(getattr(self, item.name)) for item in dataclasses.fields(self)}
+
+    def spec(self) -> str:
+        """Canonical text of the method, readable by :func:`lmmhooks.methods.resolve`; defaults are left out."""
+        changed = []
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            if item.default is dataclasses.MISSING or value != item.default:
+                changed.append(f"{item.name}={_plain(value)!r}")
+        return f"{self.id}({', '.join(changed)})" if changed else self.id
+
+    def check(self, family: Any) -> None:
+        """
+        Refuse a model this method cannot run on, before anything runs.
+
+        Raises
+        ------
+        MethodError, ModelError
+            With the reason and what would work.
+        """
+
+    def bind(self, family: Any) -> Method:
+        """The method with every model-dependent ``None`` filled in (thresholds that scale with width, say)."""
+        return self
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether these settings cannot change anything; nothing is attached then, so output is bit-identical."""
+        return False
+
+    def _require(self, condition: bool, name: str, allowed: str) -> None:
+        """Raise :class:`MethodError` naming the field, the value given and what is allowed."""
+        if not condition:
+            raise MethodError(f"{self.id}: {name}={getattr(self, name)!r} is not allowed; {name} must be {allowed}")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted(_plain(item) for item in value)
+    if isinstance(value, (list, tuple, range)):
+        return [_plain(item) for item in value]
+    return value

@@ -1,0 +1,1 @@
+"""Methods of kind decoding, one file each."""

@@ -1,0 +1,1 @@
+"""Methods of kind reduction, one file each."""
