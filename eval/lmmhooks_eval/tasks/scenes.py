@@ -1,0 +1,63 @@
+"""The frozen held-out scenes that the bundled tasks ask about: reading their files and opening their images."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lmmhooks_eval.errors import TaskError
+from lmmhooks_eval.task import Doc, Source
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["LICENCE", "image_cluster", "images", "read", "source", "vocabulary"]
+
+LICENCE = "Apache-2.0 (generated scenes)"
+
+
+def _folder() -> Path:
+    # The path, not the package: `lmmhooks_eval.tiny` imports torch, which scoring and listing must not need.
+    return Path(str(files("lmmhooks_eval") / "tiny" / "data"))
+
+
+def _text(name: str) -> str:
+    path = _folder() / name
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise TaskError(f"bundled data file {name} cannot be read ({error.strerror}); reinstall lmmhooks") from error
+
+
+def read(name: str) -> Sequence[Doc]:
+    """The documents of one JSON-lines file, in file order."""
+    return [json.loads(line) for line in _text(name).splitlines() if line]
+
+
+@cache
+def vocabulary() -> Mapping[str, Any]:
+    """Categories with their plurals and synonyms, themes and colours."""
+    result: Mapping[str, Any] = json.loads(_text("vocab.json"))
+    return result
+
+
+def source(name: str) -> Source:
+    """Bundled source whose revision is a digest of the file."""
+    return Source("bundled", name, hashlib.sha256(_text(name).encode()).hexdigest()[:16])
+
+
+def images(doc: Doc) -> Sequence[Image]:
+    """The one image of a scene document, opened lazily."""
+    from PIL import Image
+
+    return [Image.open(_folder() / doc["image"])]
+
+
+def image_cluster(doc: Doc) -> str:
+    """Documents of one image are dependent: it is their cluster."""
+    return str(doc["image"])
