@@ -1,0 +1,66 @@
+"""
+LLaVA 1.5 and models of the same class: one square crop per image, CLIP with CLS, a projector.
+
+With a Pixtral tower the image keeps its aspect ratio, and all images of a call are packed into one sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..errors import PromptError
+from ..family import Family, VisionInputs
+from ..layout import ImageTokens
+
+__all__ = ["LlavaFamily"]
+
+
+class LlavaFamily(Family):
+    """LLaVA 1.5: ``(image_size / patch_size)`` squared tokens per image in raster order."""
+
+    model_types: ClassVar[tuple[str, ...]] = ("llava",)
+
+    def _grid(self, vision: VisionInputs, source: int) -> tuple[int, int]:
+        config = self.vision.config
+        if vision.kwargs.get("image_sizes") is not None:
+            height, width = vision.host("image_sizes")[source]
+        else:
+            height = width = config.image_size
+        return height // config.patch_size, width // config.patch_size
+
+    def _keeps_cls(self, vision: VisionInputs) -> bool:
+        strategy = vision.kwargs.get("vision_feature_select_strategy")
+        if strategy is None:
+            strategy = getattr(self.model.config, "vision_feature_select_strategy", "default")
+        return self.has_cls and strategy == "full"
+
+    def image_tokens(self, vision: VisionInputs, source: int, num_tokens: int) -> ImageTokens:
+        rows, cols = self._grid(vision, source)
+        tokens = ImageTokens.raster([(rows, cols)])
+        if self._keeps_cls(vision):
+            nowhere = torch.tensor([-1])
+            tokens = ImageTokens(
+                torch.cat([nowhere, tokens.crop]),
+                torch.cat([nowhere, tokens.row]),
+                torch.cat([nowhere, tokens.col]),
+                tokens.grids,
+            )
+        if len(tokens) != num_tokens:
+            raise PromptError(
+                f"image {source} has {num_tokens} tokens in the prompt but a grid of {rows} x {cols}, which gives {len(tokens)}; "
+                f"build the prompt with the processor of this model"
+            )
+        return tokens
+
+    def tower_to_tokens(self, per_patch: Sequence[Tensor], vision: VisionInputs) -> list[Tensor]:
+        scores = torch.cat(list(per_patch))
+        if vision.kwargs.get("image_sizes") is not None:
+            sizes = [rows * cols for rows, cols in (self._grid(vision, i) for i in range(vision.num_images))]
+            return list(scores.flatten().split(sizes))
+        if self._keeps_cls(vision):
+            scores = torch.nn.functional.pad(scores, (1, 0), value=float("nan"))
+        return list(scores)

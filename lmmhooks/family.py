@@ -1,0 +1,470 @@
+"""
+Model families: where a multimodal model keeps its parts, and what its visual tokens show.
+
+`resolve` turns a loaded model into a `Family`, one instance per model. The base class answers every question from the model
+itself; a module in `lmmhooks.families` overrides only what deviates. Anything that is specific to one architecture lives there
+and nowhere else.
+"""
+
+from __future__ import annotations
+
+import math
+import pkgutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.metadata import entry_points
+from inspect import unwrap
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ModelError, closest
+from .layout import ImageTokens
+
+__all__ = ["Family", "VisionInputs", "resolve", "supported", "uses_attention_interface"]
+
+#: Names under which the multimodal modules of transformers keep their vision tower, most common first.
+_TOWERS = ("vision_tower", "visual", "vision_model", "vision_encoder", "image_encoder")
+_PROJECTORS = ("multi_modal_projector", "mm_projector", "connector", "aligner", "projector")
+
+
+@dataclass(eq=False)
+class VisionInputs:
+    """
+    What one ``get_image_features`` or ``get_video_features`` call saw and returned.
+
+    Attributes
+    ----------
+    modality
+        ``"image"`` or ``"video"``.
+    kwargs
+        The call's arguments bound to their names: ``pixel_values``, ``image_grid_thw``, ``image_sizes`` ...
+    output
+        The ``ModelOutput`` it returned. ``output.pooler_output`` holds the features, one entry ``[n_i, D]`` per image in row
+        order; ``generate`` repeats the entries in place when it expands beams (transformers 5.20 and later; before,
+        it repeats the pixels and the call itself sees every copy).
+    num_entries
+        Entries at the time of the call, before any expansion.
+    entries_per_image
+        How many entries each image has, in order: more than one where the encoder sees an image as separate tiles
+        (InternVL). Only the sequence tells, so `lmmhooks.layout.build_layout` fills it in; None until then.
+    """
+
+    modality: str
+    kwargs: dict[str, Any]
+    output: Any
+    num_entries: int = field(init=False)
+    entries_per_image: tuple[int, ...] | None = field(default=None, init=False)
+    _host: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.num_entries = len(self.lengths())
+
+    def lengths(self) -> list[int]:
+        """Features of every entry now, after any expansion."""
+        features = self.output.pooler_output
+        if isinstance(features, Tensor):
+            if features.ndim == 2:
+                return [features.shape[0]]
+            return [features.shape[1]] * features.shape[0]
+        return [entry.shape[0] for entry in features]
+
+    @property
+    def num_images(self) -> int:
+        """Images before any expansion; until a layout was built, every entry counts as one."""
+        return self.num_entries if self.entries_per_image is None else len(self.entries_per_image)
+
+    def host(self, name: str) -> list[Any]:
+        """Argument ``name`` as nested Python lists; brought to the host once, however often it is asked for."""
+        if name not in self._host:
+            value = self.kwargs[name]
+            self._host[name] = value.tolist() if hasattr(value, "tolist") else [list(item) for item in value]
+        return self._host[name]
+
+
+class Family:
+    """
+    The parts of one loaded model, and the geometry of its visual tokens.
+
+    Construct it through `resolve`, which checks first that the model can be used at all.
+
+    Parameters
+    ----------
+    model
+        A transformers model with a language head (``...ForConditionalGeneration``).
+
+    Attributes
+    ----------
+    name
+        Model type of the configuration, for example ``"llava"``.
+    model, core, text_model
+        The model, its multimodal module (the one that owns ``get_image_features``), and its decoder.
+    text_config
+        Configuration of the decoder.
+    layers, norm, lm_head
+        Decoder layers, the norm after them, and the output head.
+    vision, vision_layers, projector
+        Vision tower, its transformer layers, and the module between tower and decoder (None where it is part of the tower).
+    image_token_id, video_token_id
+        Placeholder ids in ``input_ids``; the video one is None for models without video.
+    has_cls
+        The tower puts a CLS token at index 0 of its sequence.
+    num_layers, hidden_size, num_heads, num_kv_heads
+        Of the decoder.
+    mrope
+        Positions have temporal, height and width rows.
+    deepstack_layers
+        Number of first decoder layers after which visual features are added again at visual positions.
+    feature_layer
+        0-based vision layer whose output the projector reads; the last one listed where several are concatenated.
+    full_attention_vision_layers
+        0-based vision layers that attend over a whole crop; the others attend inside windows.
+    window_attention
+        Some vision layers are windowed, and the tower's token order is a permutation of the raster order.
+
+    Raises
+    ------
+    ModelError
+        A part cannot be found; the text names the part and where it was looked for.
+    """
+
+    #: ``config.model_type`` values that this class serves; empty for the generic resolution.
+    model_types: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.name: str = model.config.model_type
+        self.core: nn.Module = self._part("multimodal module", model, "model", with_method="get_image_features")
+        self.text_model: nn.Module = self._part("decoder", self.core, "language_model", "text_model")
+        self.text_config: Any = self.text_model.config
+        self.layers: nn.ModuleList = self._part("decoder layers", self.text_model, "layers")
+        self.norm: nn.Module = self._part("final norm", self.text_model, "norm", "final_layernorm")
+        self.lm_head: nn.Module = self._part("output head", model, "lm_head")
+        self.vision: nn.Module = self._part("vision tower", self.core, *_TOWERS)
+        self.vision_layers: nn.ModuleList = self._attention_stack(self.vision)
+        self.projector: nn.Module | None = next(
+            (getattr(self.core, name) for name in _PROJECTORS if isinstance(getattr(self.core, name, None), nn.Module)),
+            None,
+        )
+        self.image_token_id: int = self._token_id("image")
+        self.video_token_id: int | None = getattr(model.config, "video_token_id", None)
+        self.has_cls: bool = any(
+            name.endswith(("class_embedding", "cls_token")) for name, _ in self.vision.named_parameters()
+        )
+        self.num_layers: int = len(self.layers)
+        self.hidden_size: int = self.text_config.hidden_size
+        self.num_heads: int = self.text_config.num_attention_heads
+        self.num_kv_heads: int = getattr(self.text_config, "num_key_value_heads", None) or self.num_heads
+        self.mrope: bool = hasattr(self.core, "get_rope_index")
+        self.deepstack_layers: int = 0
+        self.feature_layer: int = self._feature_layer()
+        self.full_attention_vision_layers: tuple[int, ...] = tuple(range(len(self.vision_layers)))
+        self.window_attention: bool = False
+        self._verify()
+
+    # -- modules --------------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def attention_of(layer: nn.Module) -> nn.Module:
+        """
+        The self-attention module of a decoder or vision layer.
+
+        Raises
+        ------
+        ModelError
+            The layer has none, for example a linear-attention layer of a hybrid decoder.
+        """
+        for child in layer.children():
+            if type(child).__name__.endswith("Attention"):
+                return child
+        raise ModelError(
+            f"layer {type(layer).__name__} holds no attention module (a child whose class name ends in 'Attention'); "
+            f"its children are {', '.join(type(child).__name__ for child in layer.children()) or 'none'}"
+        )
+
+    # -- geometry -------------------------------------------------------------------------------------------------------
+
+    def group_entries(self, positions: Sequence[Tensor]) -> list[int]:
+        """
+        How many consecutive feature entries of a row make up each image.
+
+        Parameters
+        ----------
+        positions
+            Per entry, the sequence positions its features go to (long, CPU, ascending).
+        """
+        return [1] * len(positions)
+
+    def crops_of(self, vision: VisionInputs) -> list[int]:
+        """Crops (tiles, frames) that the tower sees of every image of a call, in tower order."""
+        return list(vision.entries_per_image or [1] * vision.num_entries)
+
+    def image_tokens(self, vision: VisionInputs, source: int, num_tokens: int) -> ImageTokens:
+        """
+        What the visual tokens of one image show.
+
+        Parameters
+        ----------
+        vision
+            The encoder call.
+        source
+            Ordinal of the image in that call, before any expansion.
+        num_tokens
+            Its visual tokens in the prompt.
+
+        Raises
+        ------
+        PromptError
+            The call's image sizes do not give that many tokens.
+        """
+        side = self._grid_side(num_tokens)
+        if side is None:
+            return ImageTokens.unknown(num_tokens)
+        return ImageTokens.raster([(side, side)])
+
+    def tower_to_tokens(self, per_patch: Sequence[Tensor], vision: VisionInputs) -> list[Tensor]:
+        """
+        Scores of vision-tower positions as scores of visual tokens.
+
+        Call it after `lmmhooks.layout.build_layout`, from which some families learn how tiles group into images.
+
+        Parameters
+        ----------
+        per_patch
+            Scores per patch in tower order, concatenated along the first dimension: for towers that see crops
+            ``[crops, patches]`` without CLS, for towers that see packed patches ``[patches]``.
+        vision
+            The encoder call, before any expansion.
+
+        Returns
+        -------
+        list of Tensor
+            One float tensor ``[tokens]`` per image, in sequence order; NaN for tokens that show no place in the image.
+
+        Raises
+        ------
+        ModelError
+            The family cannot relate patches to tokens.
+        """
+        scores = torch.cat(list(per_patch))
+        out = []
+        for image, entry in zip(scores.split(self.crops_of(vision)), self._entries(vision), strict=True):
+            flat = image.flatten()
+            if len(flat) != entry:
+                raise ModelError(
+                    f"model type {self.name!r} turns {len(flat)} patches into {entry} visual tokens in a way that is not known; "
+                    f"vision scores work on {_listed(supported())}"
+                )
+            out.append(flat)
+        return out
+
+    def describe(self) -> dict[str, Any]:
+        """Facts about the model that fit into JSON."""
+        return {
+            "name": self.name,
+            "class": type(self.model).__name__,
+            "resolved_by": type(self).__name__,
+            "decoder_layers": self.num_layers,
+            "hidden_size": self.hidden_size,
+            "heads": self.num_heads,
+            "kv_heads": self.num_kv_heads,
+            "vision_layers": len(self.vision_layers),
+            "feature_layer": self.feature_layer,
+            "full_attention_vision_layers": list(self.full_attention_vision_layers),
+            "window_attention": self.window_attention,
+            "cls": self.has_cls,
+            "mrope": self.mrope,
+            "deepstack_layers": self.deepstack_layers,
+            "video": self.video_token_id is not None,
+        }
+
+    # -- for subclasses ---------------------------------------------------------------------------------------------------
+
+    def _entries(self, vision: VisionInputs) -> list[int]:
+        """Tokens of every image of a call, before any expansion."""
+        lengths = vision.lengths()
+        copies = len(lengths) // vision.num_entries if vision.num_entries else 1
+        if copies > 1:
+            raise ModelError("scores of the vision tower were asked for after the features were expanded for beams")
+        groups = vision.entries_per_image or [1] * vision.num_entries
+        out, start = [], 0
+        for size in groups:
+            out.append(sum(lengths[start : start + size]))
+            start += size
+        return out
+
+    def _part(self, what: str, owner: nn.Module, *names: str, with_method: str | None = None) -> Any:
+        for name in names:
+            part = getattr(owner, name, None)
+            if isinstance(part, nn.Module) and (with_method is None or hasattr(part, with_method)):
+                return part
+        wanted = " or ".join(names) + (f" with {with_method}()" if with_method else "")
+        raise ModelError(
+            f"{type(self.model).__name__} has no {what}: {type(owner).__name__} has no {wanted}; supported model types are "
+            f"{_listed(supported())}"
+        )
+
+    def _attention_stack(self, tower: nn.Module) -> nn.ModuleList:
+        """The longest list of layers in the tower that hold attention."""
+        best: nn.ModuleList | None = None
+        for module in tower.modules():
+            if (
+                isinstance(module, nn.ModuleList)
+                and len(module) > len(best or ())
+                and all(any(type(c).__name__.endswith("Attention") for c in layer.children()) for layer in module)
+            ):
+                best = module
+        if best is None:
+            raise ModelError(
+                f"vision tower {type(tower).__name__} has no list of layers with attention; supported model types are "
+                f"{_listed(supported())}"
+            )
+        return best
+
+    def _token_id(self, modality: str) -> int:
+        for name in (f"{modality}_token_id", f"{modality}_token_index"):
+            value = getattr(self.model.config, name, None)
+            if isinstance(value, int):
+                return value
+        raise ModelError(
+            f"configuration of {type(self.model).__name__} has no {modality}_token_id: without a placeholder in input_ids "
+            f"there are no visual tokens in the decoder; supported model types are {_listed(supported())}"
+        )
+
+    def _feature_layer(self) -> int:
+        chosen = getattr(self.model.config, "vision_feature_layer", None)
+        depth = len(self.vision_layers)
+        if chosen is None:
+            return depth - 1
+        index = chosen if isinstance(chosen, int) else chosen[-1]
+        # `hidden_states` has depth + 1 entries, the first being the embeddings: entry i is the output of layer i - 1.
+        return (index if index >= 0 else depth + 1 + index) - 1
+
+    def _grid_side(self, num_tokens: int) -> int | None:
+        """
+        Side of the square token grid of one crop, or None if it cannot be told.
+
+        Only towers of a fixed resolution are answered for: the side then divides the tower's patch grid, so that
+        a token count which merely happens to be a square is not mistaken for a square image.
+        """
+        config = self.vision.config
+        size, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
+        if not isinstance(size, int) or not isinstance(patch, int):
+            return None
+        side = math.isqrt(num_tokens)
+        return side if side and side**2 == num_tokens and (size // patch) % side == 0 else None
+
+    def _verify(self) -> None:
+        """Refuse what the engines cannot work with; every decoder layer must hold reachable attention."""
+        for index, layer in enumerate(self.layers):
+            try:
+                attention = self.attention_of(layer)
+            except ModelError as error:
+                raise ModelError(f"{type(self.model).__name__}, decoder layer {index}: {error}") from None
+            if not uses_attention_interface(attention):
+                raise ModelError(
+                    f"{type(attention).__name__} of {type(self.model).__name__} does not use transformers' AttentionInterface, so "
+                    f"its attention cannot be reached; supported model types are {_listed(supported())}"
+                )
+
+
+def uses_attention_interface(attention: nn.Module) -> bool:
+    """Whether an attention module looks its kernel up in transformers' ``ALL_ATTENTION_FUNCTIONS``."""
+    # Decorators hide the body: unwrap them, then read which globals the code refers to.
+    code = getattr(unwrap(type(attention).forward), "__code__", None)
+    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
+
+
+def supported() -> dict[str, type[Family]]:
+    """Model types with a family of their own, sorted: those shipped here and those of installed plug-ins that load."""
+    return _discover()[0]
+
+
+def resolve(model: Any) -> Family:
+    """
+    The family of a loaded model.
+
+    The model type selects a class from `lmmhooks.families` or from the entry-point group ``lmmhooks.families``; any other
+    model is resolved generically and verified part by part.
+
+    Raises
+    ------
+    ModelError
+        One line that names what is missing: not a transformers model, remote code, no visual tokens in the decoder
+        (text-only, encoder-decoder, cross-attention, Q-Former), or attention that cannot be reached.
+    """
+    from transformers import PreTrainedModel
+
+    known, broken = _discover()
+    if not isinstance(model, PreTrainedModel):
+        raise ModelError(
+            f"expected a transformers model, got {type(model).__name__}; load one with lmmhooks.load(...) or "
+            f"AutoModelForImageTextToText.from_pretrained(...), and merge adapters into it first"
+        )
+    name = model.config.model_type
+    if problem := _unusable(model):
+        raise ModelError(
+            f"{type(model).__name__} (model type {name!r}) cannot be used: {problem}; supported model types are "
+            f"{_listed(known)}"
+        )
+    if name in known:
+        return known[name](model)
+    try:
+        return Family(model)
+    except ModelError as error:
+        hints = "".join(f"; plug-in {plugin!r} failed to load: {reason}" for plugin, reason in broken.items())
+        raise ModelError(f"{error}{closest(name, known)}{hints}") from None
+
+
+def _unusable(model: Any) -> str | None:
+    """Why a model can be refused without looking for its parts, or None."""
+    if model.is_remote_code():
+        return "it runs code from its repository (trust_remote_code), whose modules are not known; use a checkpoint of the native class"
+    if model.config.is_encoder_decoder:
+        return "it is an encoder-decoder model, its decoder reads the image through cross-attention and has no visual tokens"
+    if hasattr(model.config, "qformer_config"):
+        return "its Q-Former answers with learned queries, which have no place in the image"
+    if not hasattr(model.base_model, "get_image_features") or not hasattr(model.config, "vision_config"):
+        return "it takes no images"
+    crossing = next((m for m in model.modules() if "CrossAttention" in type(m).__name__), None)
+    if crossing is not None:
+        return f"its decoder reads the image through {type(crossing).__name__} and has no visual tokens"
+    if not model._supports_attention_backend:
+        return "its attention does not go through transformers' AttentionInterface"
+    if model.get_output_embeddings() is None:
+        return "it has no language head; load the ...ForConditionalGeneration class"
+    return None
+
+
+def _discover() -> tuple[dict[str, type[Family]], dict[str, str]]:
+    """Families by model type, and plug-ins that failed to load with the reason."""
+    from . import families
+
+    found: dict[str, type[Family]] = {}
+    for info in pkgutil.iter_modules(families.__path__):
+        module = import_module(f"{families.__name__}.{info.name}")
+        for family in _families_in(module):
+            found.update(dict.fromkeys(family.model_types, family))
+    broken: dict[str, str] = {}
+    for point in entry_points(group="lmmhooks.families"):
+        try:
+            family = point.load()
+            if not (isinstance(family, type) and issubclass(family, Family) and family.model_types):
+                raise TypeError(f"{point.value} is not a Family class with model_types")
+            found.update(dict.fromkeys(family.model_types, family))
+        except Exception as error:
+            # Someone else's package may fail in any way; it must not take the built-in families down with it.
+            broken[point.name] = f"{type(error).__name__}: {error}"
+    return dict(sorted(found.items())), broken
+
+
+def _families_in(module: Any) -> Iterator[type[Family]]:
+    for value in vars(module).values():
+        if isinstance(value, type) and issubclass(value, Family) and value.__module__ == module.__name__ and value.model_types:
+            yield value
+
+
+def _listed(names: Any) -> str:
+    return ", ".join(sorted(names))
