@@ -1,0 +1,243 @@
+"""
+One runtime per wrapped model: the list of active patches, everything attached for them, and the state of each prompt.
+
+The runtime is found again through the hook it keeps on the model, so that no table of models exists anywhere. Adding,
+removing or disabling a patch rebuilds the attachments from the patches that remain, which makes nesting and removal in
+any order the same simple operation.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+
+from lmmhooks.engines.attach import Attachments
+from lmmhooks.engines.attention import AttentionEngine
+from lmmhooks.engines.decoding import BranchEngine
+from lmmhooks.engines.reduction import ReductionEngine
+from lmmhooks.engines.state import PromptState, Stage
+from lmmhooks.errors import PromptError
+from lmmhooks.family import Family, VisionInputs
+from lmmhooks.layout import build_layout
+from lmmhooks.methods.attention.base import AttentionMethod
+from lmmhooks.methods.base import Method
+from lmmhooks.methods.decoding.base import DecodingMethod
+from lmmhooks.methods.reduction.base import ReductionMethod
+
+if TYPE_CHECKING:
+    from lmmhooks.patch import Patch
+
+__all__ = ["Runtime", "find_runtime"]
+
+ENCODERS = {"image": "get_image_features", "video": "get_video_features"}
+
+
+def find_runtime(model: nn.Module) -> Runtime | None:
+    """The runtime of a wrapped model, or None."""
+    for hook in model._forward_pre_hooks.values():
+        owner = getattr(hook, "__self__", None)
+        if isinstance(owner, Runtime):
+            return owner
+    return None
+
+
+class Runtime:
+    """Owns everything that patches attach to one model, and what they remember about its prompts."""
+
+    def __init__(self, family: Family) -> None:
+        self.family = family
+        self.patches: list[Patch] = []
+        self.attachments = Attachments()
+        self.current: PromptState | None = None
+        self.last: PromptState | None = None
+        """State of the newest prompt, kept for statistics."""
+        self.encoded: list[VisionInputs] = []
+        """What the image encoder saw since the last prompt was read."""
+        self.readings: dict[str, list[Tensor]] = {}
+        """What vision probes read in the encoder call that is under way."""
+        self.encoder_hook: Callable[[str, Callable[..., Any], dict[str, Any]], Any] | None = None
+        """Runs the encoder instead of a plain call: decoding branches encode several variants of an image at once."""
+        self._states: WeakKeyDictionary[Cache, PromptState] = WeakKeyDictionary()
+        self._marker: Any = None
+
+    # -- patches ------------------------------------------------------------------------------------------------------
+
+    def methods(self) -> list[Method]:
+        """Methods of all enabled patches, in the order in which they were given."""
+        return [m for patch in self.patches if patch.enabled for m in patch.methods if not m.is_identity]
+
+    def refresh(self) -> None:
+        """Attach exactly what the enabled patches need; nothing at all when there are none."""
+        self.attachments.undo()
+        self.current, self.last = None, None
+        self.encoder_hook = None
+        self.encoded.clear()
+        self._states.clear()
+        if self._marker is not None:
+            self._marker.remove()
+            self._marker = None
+        if not self.patches:
+            return
+        # Stays while a patch exists, even a disabled one: it is how wrap() and unwrap() find this object.
+        self._marker = self.family.model.register_forward_pre_hook(self._mark)
+        methods = self.methods()
+        if methods:
+            try:
+                self._attach(methods)
+            except BaseException:
+                self.attachments.undo()
+                raise
+
+    def _mark(self, module: nn.Module, args: Any) -> None:
+        return None
+
+    def _attach(self, methods: Sequence[Method]) -> None:
+        attach, family = self.attachments, self.family
+        reducers = of_kind(methods, ReductionMethod)
+        branching = of_kind(methods, DecodingMethod)
+        for modality, name in ENCODERS.items():
+            if hasattr(family.core, name):
+                attach.attribute(family.core, name, self._watch_encoder(name, modality), f"core.{name}")
+        if branching:
+            BranchEngine(self, branching).attach(attach)
+        attach.pre_hook(family.core, self._enter_core, "multimodal model")
+        attach.hook(family.core, self._leave_core, "multimodal model", always=True)
+        attach.pre_hook(family.text_model, self._enter_text, "language model")
+        attach.hook(family.text_model, self._leave_text, "language model")
+        reduction = ReductionEngine(self, reducers) if reducers else None
+        if reduction:
+            # Before the attention engine: an observer of layer k must see the sequence that layer k sees.
+            reduction.attach(attach)
+        AttentionEngine(
+            self,
+            of_kind(methods, AttentionMethod),
+            reduction.decoder_probes if reduction else (),
+            reduction.vision_probes if reduction else (),
+        ).attach(attach)
+
+    # -- the prompt ---------------------------------------------------------------------------------------------------
+
+    def _watch_encoder(self, name: str, modality: str) -> Callable[..., Any]:
+        """The encoder method, noting what it was given: ``generate`` calls it before the loop and drops the pixels."""
+        original = getattr(self.family.core, name)
+        signature = inspect.signature(original)
+
+        @functools.wraps(original)
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            given = signature.bind_partial(*args, **kwargs).arguments
+            arguments = {**given.pop("kwargs", {}), **given}
+            self.readings = {}
+            run = self.encoder_hook or (lambda modality, encode, arguments: encode(**arguments))
+            output = run(modality, original, arguments)
+            self.encoded.append(VisionInputs(modality, arguments, output, probes=self.readings))
+            return output
+
+        return watched
+
+    def _enter_core(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        input_ids = args[0] if args else kwargs.get("input_ids")
+        cache = kwargs.get("past_key_values")
+        cached = int(cache.get_seq_length()) if cache is not None else 0
+        if not cached:
+            if input_ids is None:
+                raise PromptError(
+                    "the prompt was given as inputs_embeds, in which image tokens cannot be told apart; pass input_ids"
+                )
+            self.current = self.last = PromptState(input_ids, kwargs.get("attention_mask"))
+            self._claim_encoded(self.current, kwargs.get("mm_encoder_outputs") or {})
+            return None
+        state = self._states.get(cache)
+        if state is None:
+            raise PromptError(
+                f"the cache holds {cached} tokens that were not read under this patch; "
+                "run the whole prompt under the patch, or start from an empty cache"
+            )
+        new = input_ids if input_ids is not None else kwargs["inputs_embeds"]
+        num_new = int(new.shape[1])
+        if num_new > 1 and input_ids is not None and self._holds_images(input_ids):
+            raise PromptError(
+                f"{num_new} tokens with an image continue a cache that already holds {cached}; a patched model reads "
+                "all images of a prompt in one forward: pass the whole prompt, without prefill_chunk_size"
+            )
+        state.begin_step(num_new, cached)
+        self.current = self.last = state
+        first = state.stages[0]
+        if first.removed is None or kwargs.get("position_ids") is not None or state.next_position is None:
+            return None
+        # The model would count positions from the shortened cache; continue where the full prompt ended.
+        steps = torch.arange(state.grown - num_new, state.grown, device=state.next_position.device)
+        return args, {**kwargs, "position_ids": state.next_position[:, None] + steps}
+
+    def _claim_encoded(self, state: PromptState, outputs: dict[str, Any]) -> None:
+        given = {modality: outputs[modality] for modality in ENCODERS if outputs.get(modality) is not None}
+        for modality, output in given.items():
+            seen = next((vision for vision in self.encoded if vision.output is output), None)
+            state.vision.append(seen or VisionInputs(modality, {}, output))
+        # Whatever is left belongs to a prompt that was never read, or will be encoded again inside this forward.
+        self.encoded.clear()
+
+    def _holds_images(self, input_ids: Tensor) -> bool:
+        ids = [i for i in (self.family.image_token_id, self.family.video_token_id) if i is not None]
+        return bool(torch.isin(input_ids, torch.tensor(ids, device=input_ids.device)).any())
+
+    def _leave_core(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        self.current = None
+
+    def _enter_text(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        state = self.current
+        if state is None or not state.is_prefill:
+            return
+        state.vision.extend(self.encoded)
+        self.encoded.clear()
+        layout = build_layout(state.input_ids, state.attention_mask, self.family, state.vision)
+        state.stages = [Stage(0, layout, mask=_padding(state.attention_mask, layout.length))]
+        state.next_position = _next_position(kwargs.get("position_ids"), layout)
+
+    def _leave_text(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        state = self.current
+        if state is None:
+            return
+        for stage in state.stages:
+            stage.scratch.clear()
+        if state.is_prefill:
+            state.vision.clear()
+            cache = getattr(output, "past_key_values", None)
+            cache = cache if cache is not None else kwargs.get("past_key_values")
+            if isinstance(cache, Cache):
+                self._states[cache] = state
+
+
+def of_kind(methods: Sequence[Method], kind: type[Any]) -> list[Any]:
+    """Those methods that follow one contract, in order."""
+    return [method for method in methods if isinstance(method, kind)]
+
+
+def _padding(mask: Any, length: int) -> Tensor | None:
+    """``[B, N]`` bool from the mask the model was given, None when nothing is padded."""
+    if isinstance(mask, dict):
+        mask = mask.get("full_attention")
+    if mask is None:
+        return None
+    if mask.dim() == 4:
+        # Already causal (static caches): what the last query sees is what is not padded.
+        last = mask[:, 0, -1, :length]
+        mask = last if last.dtype == torch.bool else last == 0
+    mask = mask[:, -length:].bool()
+    return None if bool(mask.all()) else mask
+
+
+def _next_position(position_ids: Tensor | None, layout: Any) -> Tensor:
+    """``[B]`` position of the first token after the prompt in the unpatched model."""
+    if position_ids is None:
+        return torch.full((layout.batch,), layout.length, device=layout.segment.device)
+    last = position_ids[..., -1]
+    # Multi-axis positions have shape [3 or 4, B, N], the text row first when there are four.
+    last = last[-3:].amax(dim=0) if last.dim() == 2 else last
+    return last.expand(layout.batch) + 1

@@ -1,0 +1,153 @@
+"""What is known about one prompt while the model reads and continues it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lmmhooks.engines.rows import RowPlan, all_rows, plan_rows
+from lmmhooks.errors import PromptError
+from lmmhooks.layout import Layout
+
+__all__ = ["PromptState", "Stage"]
+
+
+@dataclass
+class Stage:
+    """
+    The sequence as decoder layers see it from one layer on; a new stage begins at every reduction.
+
+    Attributes
+    ----------
+    layer
+        First decoder layer that sees this sequence.
+    layout
+        Its layout, covering cached and generated positions.
+    index
+        ``[B, N]`` position of every entry in the prompt as given, -1 for padding; None when nothing was removed.
+    mask
+        ``[B, N]`` bool padding mask; None when nothing is padded.
+    removed
+        ``[B]`` number of prompt tokens of each sample that this stage no longer holds; None when nothing was removed.
+    repack
+        Positions of the survivors were renumbered, so that later tokens sit ``removed`` positions earlier.
+    """
+
+    layer: int
+    layout: Layout
+    index: Tensor | None = None
+    mask: Tensor | None = None
+    removed: Tensor | None = None
+    repack: bool = False
+    plans: dict[Any, RowPlan | None] = field(default_factory=dict)
+    scratch: dict[Any, Any] = field(default_factory=dict)
+    """Tensors shared by the layers of this stage within one forward; emptied when the next one begins."""
+
+    def grow(self, num_new: int) -> None:
+        """Append generated (or continued) tokens."""
+        self.layout = self.layout.extend(num_new)
+        if self.mask is not None:
+            self.mask = torch.cat([self.mask, self.mask.new_ones(self.mask.shape[0], num_new)], dim=1)
+        self.plans.clear()
+
+    def shrink(self, num_gone: int) -> None:
+        """Forget the last entries: the caller cropped its cache (assisted decoding)."""
+        self.layout = self.layout.crop(num_gone)
+        if self.mask is not None:
+            self.mask = self.mask[:, :-num_gone]
+        self.plans.clear()
+
+    def rows(self, names: Iterable[str], num_queries: int) -> RowPlan | None:
+        """Plan for the named row selections of the current call, kept until the sequence grows."""
+        wanted = tuple(sorted(set(names)))
+        key = (wanted, num_queries)
+        if key not in self.plans:
+            if num_queries < self.layout.length:
+                batch = self.layout.batch
+                self.plans[key] = all_rows(list(wanted), batch, num_queries, self.layout.segment.device)
+            else:
+                self.plans[key] = plan_rows({name: select_rows(self.layout, name) for name in wanted})
+        return self.plans[key]
+
+
+def select_rows(layout: Layout, name: str) -> Tensor:
+    """``[B, N]`` bool of a named row selection of a prompt."""
+    if name == "after_image":
+        return layout.after_image
+    if name == "last":
+        return layout.last
+    if name == "all":
+        return layout.valid
+    raise PromptError(f"no row selection is called {name!r}; there are: after_image, last, all")
+
+
+class PromptState:
+    """
+    Everything the engines keep between the forwards of one prompt.
+
+    One state belongs to one key/value cache, so that interleaved generations do not see each other; a forward without a
+    cache has a state of its own that ends with it.
+    """
+
+    def __init__(self, input_ids: Tensor, attention_mask: Tensor | None) -> None:
+        self.input_ids = input_ids
+        self.attention_mask = attention_mask
+        self.is_prefill = True
+        self.stages: list[Stage] = []
+        self.vision: list[Any] = []
+        self.num_queries = int(input_ids.shape[1])
+        self.next_position: Tensor | None = None
+        """``[B]`` position the first token after the prompt has in the unpatched model."""
+        self.grown = 0
+        """Tokens that entered after the prompt."""
+        self.moved: dict[int, Tensor] = {}
+        """Per layer, mean attention mass that edits moved in the prompt (total variation, in [0, 1])."""
+        self._memory: dict[Any, dict[Any, Any]] = {}
+
+    def memory(self, owner: Any) -> dict[Any, Any]:
+        """Dictionary private to a method, empty at every new prompt."""
+        return self._memory.setdefault(id(owner), {})
+
+    def stage_at(self, layer: int) -> Stage:
+        """The stage decoder layer ``layer`` sees."""
+        for stage in reversed(self.stages):
+            if stage.layer <= layer:
+                return stage
+        raise PromptError(f"no layout for decoder layer {layer}: the language model was called before its prompt was read")
+
+    def begin_step(self, num_queries: int, cached: int) -> None:
+        """
+        A forward that continues the prompt begins.
+
+        Parameters
+        ----------
+        num_queries
+            New tokens in this forward.
+        cached
+            Entries in the first layer's cache before it.
+
+        Raises
+        ------
+        PromptError
+            If the cache holds tokens this state never saw.
+        """
+        self.is_prefill = False
+        self.num_queries = num_queries
+        known = self.stages[0].layout.length
+        if cached < known:
+            for stage in self.stages:
+                stage.shrink(known - cached)
+            self.grown -= known - cached
+        elif cached > known:
+            raise PromptError(
+                f"the cache holds {cached} tokens of which the patch saw {known}; "
+                "run the whole prompt under the patch, or start from an empty cache"
+            )
+        for stage in self.stages:
+            stage.scratch.clear()
+            stage.grow(num_queries)
+        self.grown += num_queries
