@@ -1,87 +1,30 @@
 """
 Model families: where a multimodal model keeps its parts, and what its visual tokens show.
 
-`resolve` turns a loaded model into a `Family`, one instance per model. The base class answers every question from the model
-itself; a module in `lmmhooks.families` overrides only what deviates. Anything that is specific to one architecture lives there
-and nowhere else.
+`resolve` turns a loaded model into a `Family`, one instance per model. The base class answers every question from the
+model itself; a module in `lmmhooks.families` overrides only what deviates. Anything specific to one architecture lives
+there and nowhere else.
 """
 
 from __future__ import annotations
 
 import math
-import pkgutil
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from importlib import import_module
-from importlib.metadata import entry_points
+from collections.abc import Sequence
 from inspect import unwrap
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from . import families
 from .errors import ModelError, closest
-from .layout import ImageTokens
+from .vision import ImageTokens, VisionInputs
 
 __all__ = ["Family", "VisionInputs", "resolve", "supported", "uses_attention_interface"]
 
 #: Names under which the multimodal modules of transformers keep their vision tower, most common first.
 _TOWERS = ("vision_tower", "visual", "vision_model", "vision_encoder", "image_encoder")
 _PROJECTORS = ("multi_modal_projector", "mm_projector", "connector", "aligner", "projector")
-
-
-@dataclass(eq=False)
-class VisionInputs:
-    """
-    What one ``get_image_features`` or ``get_video_features`` call saw and returned.
-
-    Attributes
-    ----------
-    modality
-        ``"image"`` or ``"video"``.
-    kwargs
-        The call's arguments bound to their names: ``pixel_values``, ``image_grid_thw``, ``image_sizes`` ...
-    output
-        The ``ModelOutput`` it returned. ``output.pooler_output`` holds the features, one entry ``[n_i, D]`` per image in row
-        order; ``generate`` repeats the entries in place when it expands beams (transformers 5.20 and later; before,
-        it repeats the pixels and the call itself sees every copy).
-    num_entries
-        Entries at the time of the call, before any expansion.
-    entries_per_image
-        How many entries each image has, in order: more than one where the encoder sees an image as separate tiles
-        (InternVL). Only the sequence tells, so `lmmhooks.layout.build_layout` fills it in; None until then.
-    """
-
-    modality: str
-    kwargs: dict[str, Any]
-    output: Any
-    num_entries: int = field(init=False)
-    entries_per_image: tuple[int, ...] | None = field(default=None, init=False)
-    _host: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        self.num_entries = len(self.lengths())
-
-    def lengths(self) -> list[int]:
-        """Features of every entry now, after any expansion."""
-        features = self.output.pooler_output
-        if isinstance(features, Tensor):
-            if features.ndim == 2:
-                return [features.shape[0]]
-            return [features.shape[1]] * features.shape[0]
-        return [entry.shape[0] for entry in features]
-
-    @property
-    def num_images(self) -> int:
-        """Images before any expansion; until a layout was built, every entry counts as one."""
-        return self.num_entries if self.entries_per_image is None else len(self.entries_per_image)
-
-    def host(self, name: str) -> list[Any]:
-        """Argument ``name`` as nested Python lists; brought to the host once, however often it is asked for."""
-        if name not in self._host:
-            value = self.kwargs[name]
-            self._host[name] = value.tolist() if hasattr(value, "tolist") else [list(item) for item in value]
-        return self._host[name]
 
 
 class Family:
@@ -106,7 +49,7 @@ class Family:
     layers, norm, lm_head
         Decoder layers, the norm after them, and the output head.
     vision, vision_layers, projector
-        Vision tower, its transformer layers, and the module between tower and decoder (None where it is part of the tower).
+        Vision tower, its transformer layers, and the module between tower and decoder (None if part of the tower).
     image_token_id, video_token_id
         Placeholder ids in ``input_ids``; the video one is None for models without video.
     has_cls
@@ -133,16 +76,16 @@ class Family:
     #: ``config.model_type`` values that this class serves; empty for the generic resolution.
     model_types: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         self.model = model
         self.name: str = model.config.model_type
-        self.core: nn.Module = self._part("multimodal module", model, "model", with_method="get_image_features")
-        self.text_model: nn.Module = self._part("decoder", self.core, "language_model", "text_model")
+        self.core: Any = self._part("multimodal module", model, "model", with_method="get_image_features")
+        self.text_model: Any = self._part("decoder", self.core, "language_model", "text_model")
         self.text_config: Any = self.text_model.config
         self.layers: nn.ModuleList = self._part("decoder layers", self.text_model, "layers")
         self.norm: nn.Module = self._part("final norm", self.text_model, "norm", "final_layernorm")
         self.lm_head: nn.Module = self._part("output head", model, "lm_head")
-        self.vision: nn.Module = self._part("vision tower", self.core, *_TOWERS)
+        self.vision: Any = self._part("vision tower", self.core, *_TOWERS)
         self.vision_layers: nn.ModuleList = self._attention_stack(self.vision)
         self.projector: nn.Module | None = next(
             (getattr(self.core, name) for name in _PROJECTORS if isinstance(getattr(self.core, name, None), nn.Module)),
@@ -164,7 +107,7 @@ class Family:
         self.window_attention: bool = False
         self._verify()
 
-    # -- modules --------------------------------------------------------------------------------------------------------
+    # -- modules ---------------------------------------------------------------------------------------------
 
     @staticmethod
     def attention_of(layer: nn.Module) -> nn.Module:
@@ -184,7 +127,7 @@ class Family:
             f"its children are {', '.join(type(child).__name__ for child in layer.children()) or 'none'}"
         )
 
-    # -- geometry -------------------------------------------------------------------------------------------------------
+    # -- geometry --------------------------------------------------------------------------------------------
 
     def group_entries(self, positions: Sequence[Tensor]) -> list[int]:
         """
@@ -254,8 +197,8 @@ class Family:
             flat = image.flatten()
             if len(flat) != entry:
                 raise ModelError(
-                    f"model type {self.name!r} turns {len(flat)} patches into {entry} visual tokens in a way that is not known; "
-                    f"vision scores work on {_listed(supported())}"
+                    f"how model type {self.name!r} turns {len(flat)} patches into {entry} visual tokens is not known; "
+                    f"scores of the vision tower work on {_listed(supported())}"
                 )
             out.append(flat)
         return out
@@ -280,7 +223,7 @@ class Family:
             "video": self.video_token_id is not None,
         }
 
-    # -- for subclasses ---------------------------------------------------------------------------------------------------
+    # -- for subclasses --------------------------------------------------------------------------------------
 
     def _entries(self, vision: VisionInputs) -> list[int]:
         """Tokens of every image of a call, before any expansion."""
@@ -302,8 +245,8 @@ class Family:
                 return part
         wanted = " or ".join(names) + (f" with {with_method}()" if with_method else "")
         raise ModelError(
-            f"{type(self.model).__name__} has no {what}: {type(owner).__name__} has no {wanted}; supported model types are "
-            f"{_listed(supported())}"
+            f"{type(self.model).__name__} has no {what}: {type(owner).__name__} has no {wanted}; "
+            f"supported model types are {_listed(supported())}"
         )
 
     def _attention_stack(self, tower: nn.Module) -> nn.ModuleList:
@@ -329,8 +272,8 @@ class Family:
             if isinstance(value, int):
                 return value
         raise ModelError(
-            f"configuration of {type(self.model).__name__} has no {modality}_token_id: without a placeholder in input_ids "
-            f"there are no visual tokens in the decoder; supported model types are {_listed(supported())}"
+            f"configuration of {type(self.model).__name__} has no {modality}_token_id, so its decoder has no visual "
+            f"tokens; supported model types are {_listed(supported())}"
         )
 
     def _feature_layer(self) -> int:
@@ -365,8 +308,8 @@ class Family:
                 raise ModelError(f"{type(self.model).__name__}, decoder layer {index}: {error}") from None
             if not uses_attention_interface(attention):
                 raise ModelError(
-                    f"{type(attention).__name__} of {type(self.model).__name__} does not use transformers' AttentionInterface, so "
-                    f"its attention cannot be reached; supported model types are {_listed(supported())}"
+                    f"{type(attention).__name__} of {type(self.model).__name__} does not use transformers' "
+                    f"AttentionInterface, so nothing can reach it; supported model types are {_listed(supported())}"
                 )
 
 
@@ -379,15 +322,15 @@ def uses_attention_interface(attention: nn.Module) -> bool:
 
 def supported() -> dict[str, type[Family]]:
     """Model types with a family of their own, sorted: those shipped here and those of installed plug-ins that load."""
-    return _discover()[0]
+    return families.discover(Family)[0]
 
 
 def resolve(model: Any) -> Family:
     """
     The family of a loaded model.
 
-    The model type selects a class from `lmmhooks.families` or from the entry-point group ``lmmhooks.families``; any other
-    model is resolved generically and verified part by part.
+    The model type selects a class from `lmmhooks.families` or from the entry-point group of that name; any other model
+    is resolved generically and verified part by part.
 
     Raises
     ------
@@ -397,7 +340,7 @@ def resolve(model: Any) -> Family:
     """
     from transformers import PreTrainedModel
 
-    known, broken = _discover()
+    known, broken = families.discover(Family)
     if not isinstance(model, PreTrainedModel):
         raise ModelError(
             f"expected a transformers model, got {type(model).__name__}; load one with lmmhooks.load(...) or "
@@ -421,9 +364,9 @@ def resolve(model: Any) -> Family:
 def _unusable(model: Any) -> str | None:
     """Why a model can be refused without looking for its parts, or None."""
     if model.is_remote_code():
-        return "it runs code from its repository (trust_remote_code), whose modules are not known; use a checkpoint of the native class"
+        return "it runs code from its repository (trust_remote_code); use a checkpoint of transformers' own class"
     if model.config.is_encoder_decoder:
-        return "it is an encoder-decoder model, its decoder reads the image through cross-attention and has no visual tokens"
+        return "it is an encoder-decoder model, whose decoder has no visual tokens"
     if hasattr(model.config, "qformer_config"):
         return "its Q-Former answers with learned queries, which have no place in the image"
     if not hasattr(model.base_model, "get_image_features") or not hasattr(model.config, "vision_config"):
@@ -436,34 +379,6 @@ def _unusable(model: Any) -> str | None:
     if model.get_output_embeddings() is None:
         return "it has no language head; load the ...ForConditionalGeneration class"
     return None
-
-
-def _discover() -> tuple[dict[str, type[Family]], dict[str, str]]:
-    """Families by model type, and plug-ins that failed to load with the reason."""
-    from . import families
-
-    found: dict[str, type[Family]] = {}
-    for info in pkgutil.iter_modules(families.__path__):
-        module = import_module(f"{families.__name__}.{info.name}")
-        for family in _families_in(module):
-            found.update(dict.fromkeys(family.model_types, family))
-    broken: dict[str, str] = {}
-    for point in entry_points(group="lmmhooks.families"):
-        try:
-            family = point.load()
-            if not (isinstance(family, type) and issubclass(family, Family) and family.model_types):
-                raise TypeError(f"{point.value} is not a Family class with model_types")
-            found.update(dict.fromkeys(family.model_types, family))
-        except Exception as error:
-            # Someone else's package may fail in any way; it must not take the built-in families down with it.
-            broken[point.name] = f"{type(error).__name__}: {error}"
-    return dict(sorted(found.items())), broken
-
-
-def _families_in(module: Any) -> Iterator[type[Family]]:
-    for value in vars(module).values():
-        if isinstance(value, type) and issubclass(value, Family) and value.__module__ == module.__name__ and value.model_types:
-            yield value
 
 
 def _listed(names: Any) -> str:

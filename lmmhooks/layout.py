@@ -1,22 +1,23 @@
 """
 Layout of a prompt: for every row of a batch, which positions are padding, system text, visual, instruction, generated.
 
-Everything here is index arithmetic on ``input_ids``; what a visual token *is* (its crop, row and column) is asked of the
+Everything here is index arithmetic on ``input_ids``; what a visual token shows (crop, row, column) is asked of the
 model family. A layout is a value: a reduction, a decode step or a stack of branches makes a new one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from .errors import PromptError
+from .vision import ImageTokens, VisionInputs
 
 __all__ = ["ImageTokens", "Layout", "Segment", "VisualSpan", "build_layout"]
 
@@ -34,52 +35,6 @@ class Segment(IntEnum):
     VISUAL = 2
     INSTRUCTION = 3
     GENERATED = 4
-
-
-@dataclass(frozen=True, eq=False)
-class ImageTokens:
-    """
-    Geometry of one image's (or video's) visual tokens, in sequence order.
-
-    Attributes
-    ----------
-    crop
-        Long ``[n]`` on the CPU: which crop of the image a token shows. Any-resolution models: 0 is the base (the whole
-        image scaled down), tiles follow in raster order; InternVL: the tile, thumbnail last; video: the temporal index.
-    row, col
-        Long ``[n]`` on the CPU: the cell inside the grid of that crop. ``crop``, ``row`` and ``col`` are all -1 for
-        tokens of the image that show no place in it (newline, separator, CLS), and for models whose token grid is unknown.
-    grids
-        ``(rows, columns)`` of every crop's full token grid, before any unpadding; empty if the grid is unknown.
-    """
-
-    crop: Tensor
-    row: Tensor
-    col: Tensor
-    grids: tuple[tuple[int, int], ...]
-
-    def __len__(self) -> int:
-        return self.crop.numel()
-
-    @classmethod
-    def raster(cls, grids: Sequence[tuple[int, int]]) -> ImageTokens:
-        """All cells of all grids, row by row and grid after grid: the order of models without newline tokens."""
-        parts = [
-            torch.stack(torch.meshgrid(torch.tensor([crop]), torch.arange(h), torch.arange(w), indexing="ij")).flatten(1)
-            for crop, (h, w) in enumerate(grids)
-        ]
-        crop, row, col = torch.cat(parts, dim=1) if parts else torch.empty(3, 0, dtype=torch.long)
-        return cls(crop, row, col, tuple(grids))
-
-    @classmethod
-    def unknown(cls, num_tokens: int) -> ImageTokens:
-        """Tokens without a known place in the image."""
-        nowhere = torch.full((num_tokens,), -1)
-        return cls(nowhere, nowhere, nowhere, ())
-
-    def subset(self, index: Tensor) -> ImageTokens:
-        """Geometry of the tokens at ``index`` (long or bool, CPU); the grids stay the full ones."""
-        return ImageTokens(self.crop[index], self.row[index], self.col[index], self.grids)
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,7 +171,7 @@ class Layout:
         if index.ndim != 2 or index.shape[0] != self.batch:
             raise ValueError(f"index has shape {tuple(index.shape)}; expected [{self.batch}, new length]")
         host = index.cpu()
-        if host.numel() and not (-1 <= int(host.min()) and int(host.max()) < self.length):
+        if host.numel() and (int(host.min()) < -1 or int(host.max()) >= self.length):
             raise ValueError(
                 f"index lies in [{int(host.min())}, {int(host.max())}]; positions of this layout are 0 to "
                 f"{self.length - 1}, and -1 stands for padding"
@@ -232,9 +187,7 @@ class Layout:
             moved = inverse[span.sample, span.positions]
             order = moved.argsort(stable=True)
             kept = order[moved[order] >= 0]
-            spans.append(
-                VisualSpan(span.sample, span.image, span.source, span.modality, moved[kept], span.tokens.subset(kept))
-            )
+            spans.append(replace(span, positions=moved[kept], tokens=span.tokens.subset(kept)))
         return Layout(segment, tuple(spans))
 
     def extend(self, num_new: int) -> Layout:
@@ -244,12 +197,18 @@ class Layout:
         new = self.segment.new_full((self.batch, num_new), Segment.GENERATED)
         return Layout(torch.cat([self.segment, new], dim=1), self.spans)
 
+    def crop(self, num_gone: int) -> Layout:
+        """Layout without its last ``num_gone`` columns, which must not be visual: the caller cropped its cache."""
+        if not 0 <= num_gone < self.length:
+            raise ValueError(f"num_gone is {num_gone}; 0 to {self.length - 1} columns can go")
+        return Layout(self.segment[:, : self.length - num_gone], self.spans)
+
     def repeat(self, times: int) -> Layout:
-        """Layout with every row repeated ``times`` times, sample-major (``[A, A, B, B]``), as ``generate`` does for beams."""
+        """Layout with every row repeated ``times`` times, sample-major (``[A, A, B, B]``): what beams look like."""
         if times < 1:
             raise ValueError(f"times is {times}; a row is repeated 1 or more times")
         spans = [
-            VisualSpan(span.sample * times + copy, span.image, span.source, span.modality, span.positions, span.tokens)
+            replace(span, sample=sample * times + copy)
             for sample in range(self.batch)
             for copy in range(times)
             for span in self.spans_of(sample)
@@ -258,7 +217,7 @@ class Layout:
 
     @staticmethod
     def stack(layouts: Sequence[Layout]) -> Layout:
-        """Rows of several layouts in one batch, shorter ones padded on the left: how decoding branches share a forward."""
+        """Rows of several layouts in one batch, shorter ones padded on the left: how branches share a forward."""
         if not layouts:
             raise ValueError("stack needs at least one layout")
         length = max(layout.length for layout in layouts)
@@ -266,22 +225,9 @@ class Layout:
         for layout in layouts:
             shift = length - layout.length
             segments.append(torch.nn.functional.pad(layout.segment, (shift, 0), value=Segment.PADDING))
-            spans += [
-                VisualSpan(s.sample + offset, s.image, s.source, s.modality, s.positions + shift, s.tokens)
-                for s in layout.spans
-            ]
+            spans += [replace(s, sample=s.sample + offset, positions=s.positions + shift) for s in layout.spans]
             offset += layout.batch
         return Layout(torch.cat(segments), tuple(spans))
-
-
-class _Vision(Protocol):
-    """What a layout needs of one encoder call; `lmmhooks.family.VisionInputs` in practice."""
-
-    modality: str
-    num_entries: int
-    entries_per_image: tuple[int, ...] | None
-
-    def lengths(self) -> list[int]: ...
 
 
 class _Family(Protocol):
@@ -292,11 +238,11 @@ class _Family(Protocol):
 
     def group_entries(self, positions: Sequence[Tensor]) -> list[int]: ...
 
-    def image_tokens(self, vision: Any, source: int, num_tokens: int) -> ImageTokens: ...
+    def image_tokens(self, vision: VisionInputs, source: int, num_tokens: int) -> ImageTokens: ...
 
 
 def build_layout(
-    input_ids: Tensor, attention_mask: Tensor | None, family: _Family, vision: Sequence[_Vision]
+    input_ids: Tensor, attention_mask: Tensor | None, family: _Family, vision: Sequence[VisionInputs]
 ) -> Layout:
     """
     Layout of a batch of prompts.
@@ -326,7 +272,7 @@ def build_layout(
     batch, length = input_ids.shape
     if attention_mask is not None and (attention_mask.ndim != 2 or attention_mask.shape[1] < length):
         raise PromptError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}; a layout needs [{batch}, {length}] with 0 for padding"
+            f"attention_mask has shape {tuple(attention_mask.shape)}; expected [{batch}, {length}] with 0 for padding"
         )
     if attention_mask is None:
         coded = input_ids
@@ -354,7 +300,7 @@ def build_layout(
     return Layout(segment.to(input_ids.device), tuple(spans))
 
 
-def _spans_of_call(ids: Tensor, attended: Tensor, family: _Family, call: _Vision) -> list[VisualSpan]:
+def _spans_of_call(ids: Tensor, attended: Tensor, family: _Family, call: VisionInputs) -> list[VisualSpan]:
     """Spans of one encoder call: the visual tokens of each row are dealt out to its images by their feature counts."""
     token_id = family.image_token_id if call.modality == "image" else family.video_token_id
     if token_id is None:
@@ -399,7 +345,7 @@ def _spans_of_call(ids: Tensor, attended: Tensor, family: _Family, call: _Vision
     return spans
 
 
-def _mismatch(call: _Vision, tokens: int, features: int, where: str) -> PromptError:
+def _mismatch(call: VisionInputs, tokens: int, features: int, where: str) -> PromptError:
     return PromptError(
         f"the prompt has {tokens} {call.modality} tokens but its {call.modality}s give {features} features ({where}); "
         f"write one {call.modality} placeholder per {call.modality} and let the model's processor expand it"
@@ -412,8 +358,5 @@ def _number_by_position(spans: list[VisualSpan], batch: int) -> list[VisualSpan]
     for sample in range(batch):
         # Stable: an image that is masked away entirely has no position and stays where its encoder call put it.
         row = sorted((span for span in spans if span.sample == sample), key=lambda span: span.start)
-        ordered += [
-            VisualSpan(sample, image, span.source, span.modality, span.positions, span.tokens)
-            for image, span in enumerate(row)
-        ]
+        ordered += [replace(span, image=image) for image, span in enumerate(row)]
     return ordered

@@ -2,8 +2,8 @@
 Tiny models of every supported family, built in memory with random weights, and inputs that fit them.
 
 The architectures are the real ones of transformers; only the sizes are small. Weights are drawn here instead of by
-transformers' own initialisation, so that attention is far from uniform (a method that changes nothing visible could not be
-told from one that works) and a seed gives the same model on every version.
+transformers' own initialisation, so that attention is far from uniform (otherwise a method that works and one that does
+nothing look the same) and a seed gives the same model on every version.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ class LlavaNext(AnyRes):
 
 
 class LlavaOnevision(AnyRes):
-    """One image in a row is tiled, several are not; ``anyres_max_2`` makes a 2 x 2 mosaic exceed its budget and shrink."""
+    """One image in a row is tiled, several are not; ``anyres_max_2`` makes a 2 x 2 mosaic too big, and shrinks it."""
 
     has_video: ClassVar[bool] = True
 
@@ -172,7 +172,14 @@ class Qwen2VL(Recipe):
     mrope: ClassVar[dict[str, Any]] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
 
     def vision(self) -> dict[str, Any]:
-        return {"depth": 4, "embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2, "num_heads": 4, "patch_size": self.patch}
+        return {
+            "depth": 4,
+            "embed_dim": 32,
+            "hidden_size": 64,
+            "mlp_ratio": 2,
+            "num_heads": 4,
+            "patch_size": self.patch,
+        }
 
     def config(self, text: dict[str, Any]) -> PreTrainedConfig:
         text = {"rope_parameters": dict(self.mrope)} | text
@@ -395,7 +402,7 @@ def build(
 
 @pytest.fixture(scope="session")
 def zoo() -> Any:
-    """`build`, keeping every model for the session; import it into a test module or conftest. Leave the models as they were."""
+    """`build`, keeping every model for the session: leave them as they were. Import it where it is used."""
     return cache(build)
 
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ..errors import PromptError
-from ..family import Family, VisionInputs
-from ..layout import ImageTokens
+from ..family import Family
+from ..vision import ImageTokens, VisionInputs
 
 __all__ = ["LlavaFamily"]
 
@@ -51,8 +51,8 @@ class LlavaFamily(Family):
             )
         if len(tokens) != num_tokens:
             raise PromptError(
-                f"image {source} has {num_tokens} tokens in the prompt but a grid of {rows} x {cols}, which gives {len(tokens)}; "
-                f"build the prompt with the processor of this model"
+                f"image {source} has {num_tokens} tokens in the prompt, but its grid of {rows} x {cols} gives "
+                f"{len(tokens)}; build the prompt with the processor of this model"
             )
         return tokens
 

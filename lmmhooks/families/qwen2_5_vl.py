@@ -7,12 +7,12 @@ The tower permutes merge groups so that windows are contiguous, and undoes it af
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.vision_utils import get_vision_window_index
 
-from ..family import VisionInputs
+from ..vision import VisionInputs
 from .qwen2_vl import Qwen2VLFamily
 
 __all__ = ["Qwen2_5_VLFamily"]
@@ -23,7 +23,7 @@ class Qwen2_5_VLFamily(Qwen2VLFamily):
 
     model_types: ClassVar[tuple[str, ...]] = ("qwen2_5_vl",)
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__(model)
         self.full_attention_vision_layers = tuple(sorted(self.vision.fullatt_block_indexes))
         self.window_attention = True

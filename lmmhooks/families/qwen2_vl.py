@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ..errors import PromptError
-from ..family import Family, VisionInputs
-from ..layout import ImageTokens
+from ..family import Family
+from ..vision import ImageTokens, VisionInputs
 
 __all__ = ["Qwen2VLFamily"]
 
@@ -36,8 +36,8 @@ class Qwen2VLFamily(Family):
         frames, rows, cols = self._grids(vision)[source]
         if frames * rows * cols != num_tokens:
             raise PromptError(
-                f"{vision.modality} {source} has {num_tokens} tokens in the prompt but a grid of {frames} x {rows} x {cols}; "
-                f"build the prompt with the processor of this model"
+                f"{vision.modality} {source} has {num_tokens} tokens in the prompt, but its grid {frames} x {rows} x "
+                f"{cols} gives {frames * rows * cols}; build the prompt with the processor of this model"
             )
         return ImageTokens.raster([(rows, cols)] * frames)
 

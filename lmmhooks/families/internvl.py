@@ -1,0 +1,60 @@
+"""
+InternVL: an image is a run of square tiles, the thumbnail last; pixel shuffle merges the patches of a tile.
+
+The encoder sees tiles only; which of them form one image shows in the prompt, where the tokens of an image are
+contiguous and images are set apart by their begin and end tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..errors import PromptError
+from ..family import Family
+from ..vision import ImageTokens, VisionInputs
+
+__all__ = ["InternVLFamily"]
+
+
+class InternVLFamily(Family):
+    """InternVL: a crop is a tile; two images without anything between their tokens count as one."""
+
+    model_types: ClassVar[tuple[str, ...]] = ("internvl",)
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        config = self.vision.config
+        self._side = config.image_size[0] // config.patch_size[0]
+        self._token_side = int(self._side * model.config.downsample_ratio)
+
+    def group_entries(self, positions: Sequence[Tensor]) -> list[int]:
+        sizes: list[int] = []
+        end = None
+        for tile in positions:
+            if end is not None and int(tile[0]) == end:
+                sizes[-1] += 1
+            else:
+                sizes.append(1)
+            end = int(tile[-1]) + 1
+        return sizes
+
+    def image_tokens(self, vision: VisionInputs, source: int, num_tokens: int) -> ImageTokens:
+        side = self._token_side
+        tiles, rest = divmod(num_tokens, side**2)
+        if rest:
+            raise PromptError(
+                f"image {source} has {num_tokens} tokens in the prompt, no multiple of the {side} x {side} tokens of a "
+                f"tile; build the prompt with the processor of this model"
+            )
+        return ImageTokens.raster([(side, side)] * tiles)
+
+    def tower_to_tokens(self, per_patch: Sequence[Tensor], vision: VisionInputs) -> list[Tensor]:
+        scores = torch.cat(list(per_patch))
+        tiles = scores.reshape(-1, self._side, self._side, 1)
+        # The model's own shuffle puts the patches of a token side by side in the last dimension.
+        tokens = self.core.pixel_shuffle(tiles, scale_factor=self.model.config.downsample_ratio).mean(dim=-1).flatten(1)
+        return [image.flatten() for image in tokens.split(self.crops_of(vision))]

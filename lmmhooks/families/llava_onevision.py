@@ -1,0 +1,66 @@
+"""
+LLaVA-OneVision: any-resolution images like LLaVA-NeXT, large mosaics interpolated down, video frames pooled by two.
+
+Images are tiled only where they are alone in their prompt (``batch_num_images``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..errors import PromptError
+from ..vision import ImageTokens, VisionInputs
+from .llava_next import LlavaNextFamily
+
+__all__ = ["LlavaOnevisionFamily"]
+
+
+class LlavaOnevisionFamily(LlavaNextFamily):
+    """LLaVA-OneVision: a token of an interpolated mosaic gets the cell nearest to where it was sampled."""
+
+    model_types: ClassVar[tuple[str, ...]] = ("llava_onevision",)
+
+    def crops_of(self, vision: VisionInputs) -> list[int]:
+        if vision.modality == "video":
+            videos, frames = vision.kwargs["pixel_values_videos"].shape[:2]
+            return [frames] * videos
+        crops = super().crops_of(vision)
+        if vision.kwargs.get("batch_num_images") is None:
+            return crops
+        alone = [count == 1 for count in vision.host("batch_num_images") for _ in range(count)]
+        return [num if single else 1 for num, single in zip(crops, alone, strict=True)]
+
+    def image_tokens(self, vision: VisionInputs, source: int, num_tokens: int) -> ImageTokens:
+        if vision.modality == "image":
+            return super().image_tokens(vision, source, num_tokens)
+        side = -(-self._side // 2)
+        frames = ImageTokens.raster([(side, side)] * self.crops_of(vision)[source])
+        if len(frames) + 1 != num_tokens:
+            raise PromptError(
+                f"video {source} has {num_tokens} tokens in the prompt, but its {len(frames.grids)} frames give "
+                f"{len(frames) + 1}; build the prompt with the processor of this model"
+            )
+        newline = torch.tensor([-1])
+        crop, row, col = (torch.cat([part, newline]) for part in (frames.crop, frames.row, frames.col))
+        return ImageTokens(crop, row, col, frames.grids)
+
+    def tower_to_tokens(self, per_patch: Sequence[Tensor], vision: VisionInputs) -> list[Tensor]:
+        if vision.modality == "image":
+            return super().tower_to_tokens(per_patch, vision)
+        scores = torch.cat(list(per_patch)).float().unsqueeze(-1)
+        pooled = self.core.apply_pooling(scores).squeeze(-1)
+        newline = pooled.new_full((1,), float("nan"))
+        return [torch.cat([video.flatten(), newline]) for video in pooled.split(self.crops_of(vision))]
+
+    def _pack(
+        self, images: list[Tensor], vision: VisionInputs, sources: Sequence[int], newline: Tensor
+    ) -> Sequence[Tensor]:
+        sizes = vision.host("image_sizes")
+        aspect = vision.kwargs.get("vision_aspect_ratio") or self.model.config.vision_aspect_ratio
+        return self.core.pack_image_features(
+            images, [sizes[i] for i in sources], image_newline=newline, vision_aspect_ratio=aspect
+        )[0]
