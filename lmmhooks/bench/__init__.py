@@ -1,0 +1,1 @@
+"""Speed and memory of patched models: named shapes without downloads, interleaved timing, limits to compare with."""
