@@ -203,6 +203,17 @@ class Layout:
             raise ValueError(f"num_gone is {num_gone}; 0 to {self.length - 1} columns can go")
         return Layout(self.segment[:, : self.length - num_gone], self.spans)
 
+    def crop(self, num_gone: int) -> Layout:
+        """Layout without its last ``num_gone`` columns, as when a cache is cropped after rejected draft tokens."""
+        if not 0 <= num_gone <= self.length:
+            raise ValueError(f"num_gone is {num_gone}; this layout has {self.length} columns")
+        length = self.length - num_gone
+        spans = []
+        for span in self.spans:
+            left = span.positions < length
+            spans.append(replace(span, positions=span.positions[left], tokens=span.tokens.subset(left)))
+        return Layout(self.segment[:, :length], tuple(spans))
+
     def repeat(self, times: int) -> Layout:
         """Layout with every row repeated ``times`` times, sample-major (``[A, A, B, B]``): what beams look like."""
         if times < 1:
@@ -287,6 +298,13 @@ def build_layout(
     spans: list[VisualSpan] = []
     for call in vision:
         spans += _spans_of_call(ids, attended, family, call)
+    encoded = {call.modality for call in vision}
+    for modality, token_id in (("image", family.image_token_id), ("video", family.video_token_id)):
+        if token_id is not None and modality not in encoded and (num := int((ids == token_id).sum())):
+            # The model itself would go on, and read the placeholder's embedding where features belong.
+            raise PromptError(
+                f"the prompt has {num} {modality} tokens, but no {modality} was given; pass the {modality}s too"
+            )
     spans = _number_by_position(spans, batch)
 
     visual = torch.zeros(batch, length, dtype=torch.bool)

@@ -57,7 +57,7 @@ class Attachments:
         while self._undo:
             try:
                 self._undo.pop()()
-            except Exception as error:  # noqa: BLE001 - the remaining steps must still be undone
+            except Exception as error:
                 failure = failure or error
         self.described.clear()
         if failure is not None:

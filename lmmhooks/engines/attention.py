@@ -160,7 +160,7 @@ class AttentionEngine:
         kwargs: dict[str, Any],
     ) -> AttentionResult:
         state = self.runtime.current
-        methods = [m for m in self.edits[layer] if state is not None and (state.is_prefill or m.on_decode)]
+        methods = [m for m in self.edits[layer] if state is not None and (state.is_prefill or m.on_decode) and m.edits]
         probes = self.decoder_probes[layer] if state is not None and state.is_prefill else []
         if state is None or not (methods or probes):
             return base(query, key, value, mask)
@@ -169,10 +169,7 @@ class AttentionEngine:
         if plan is None:
             return base(query, key, value, mask)
         call = _Call(self, layer, stage, state, query, key, value, mask, kwargs, module)
-        explicit = bool(probes) or any(
-            m.overrides("edit_scores") or m.overrides("edit_weights") or m.overrides("scale_keys") for m in methods
-        )
-        if not explicit:
+        if not probes and not any(m.edits - {"scale_heads"} for m in methods):
             return call.gain_only(base, methods, plan)
         return call.recompute(base, methods, probes, plan)
 
@@ -268,17 +265,17 @@ class _Call:
         before = torch.softmax(hide(scores.clone(), allowed), dim=-1) if measure else None
         for method in methods:
             context = self.context(method, plan.index)
-            if method.overrides("scale_keys") and (factor := method.scale_keys(context)) is not None:
+            if "scale_keys" in method.edits and (factor := method.scale_keys(context)) is not None:
                 factor = factor[:, None, None, :] if factor.dim() == 2 else factor[:, :, None, :]
                 scores = _only(plan, method, scores, scores * factor)
         scores = hide(scores, allowed)
         for method in methods:
-            if method.overrides("edit_scores"):
+            if "edit_scores" in method.edits:
                 edited = method.edit_scores(_input(plan, method, scores), self.context(method, plan.index))
                 scores = _only(plan, method, scores, edited)
         weights = torch.softmax(scores, dim=-1)
         for method in methods:
-            if method.overrides("edit_weights"):
+            if "edit_weights" in method.edits:
                 edited = method.edit_weights(_input(plan, method, weights), self.context(method, plan.index))
                 weights = _only(plan, method, weights, edited)
         if before is not None:
@@ -290,7 +287,7 @@ class _Call:
         self, methods: Sequence[AttentionMethod], plan: RowPlan, queries: Tensor, outputs: Tensor
     ) -> Tensor:
         for method in methods:
-            if method.overrides("scale_heads"):
+            if "scale_heads" in method.edits:
                 gain = method.scale_heads(queries, outputs, self.context(method, plan.index))
                 if gain is not None:
                     outputs = _only(plan, method, outputs, outputs * gain.to(outputs.dtype))

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -20,8 +21,6 @@ from transformers import Cache
 
 from lmmhooks.engines.attach import Attachments
 from lmmhooks.engines.attention import AttentionEngine
-from lmmhooks.engines.decoding import BranchEngine
-from lmmhooks.engines.reduction import ReductionEngine
 from lmmhooks.engines.state import PromptState, Stage
 from lmmhooks.errors import PromptError
 from lmmhooks.family import Family, VisionInputs
@@ -32,6 +31,7 @@ from lmmhooks.methods.decoding.base import DecodingMethod
 from lmmhooks.methods.reduction.base import ReductionMethod
 
 if TYPE_CHECKING:
+    from lmmhooks.engines.reduction import ReductionEngine
     from lmmhooks.patch import Patch
 
 __all__ = ["Runtime", "find_runtime"]
@@ -95,6 +95,22 @@ class Runtime:
                 self.attachments.undo()
                 raise
 
+    @contextmanager
+    def suspended(self) -> Iterator[Attachments]:
+        """
+        The model without any patch, following prompts only; probes may be attached to what is yielded.
+
+        Everything is taken back at the end and the patches return.
+        """
+        self.attachments.undo()
+        attachments = Attachments()
+        try:
+            self._follow(attachments)
+            yield attachments
+        finally:
+            attachments.undo()
+            self.refresh()
+
     def _mark(self, module: nn.Module, args: Any) -> None:
         return None
 
@@ -102,17 +118,16 @@ class Runtime:
         attach, family = self.attachments, self.family
         reducers = of_kind(methods, ReductionMethod)
         branching = of_kind(methods, DecodingMethod)
-        for modality, name in ENCODERS.items():
-            if hasattr(family.core, name):
-                attach.attribute(family.core, name, self._watch_encoder(name, modality), f"core.{name}")
+        reduction: ReductionEngine | None = None
         if branching:
+            from lmmhooks.engines.decoding import BranchEngine
+
             BranchEngine(self, branching).attach(attach)
-        attach.pre_hook(family.core, self._enter_core, "multimodal model")
-        attach.hook(family.core, self._leave_core, "multimodal model", always=True)
-        attach.pre_hook(family.text_model, self._enter_text, "language model")
-        attach.hook(family.text_model, self._leave_text, "language model")
-        reduction = ReductionEngine(self, reducers) if reducers else None
-        if reduction:
+        self._follow(attach)
+        if reducers:
+            from lmmhooks.engines.reduction import ReductionEngine
+
+            reduction = ReductionEngine(self, reducers)
             # Before the attention engine: an observer of layer k must see the sequence that layer k sees.
             reduction.attach(attach)
         AttentionEngine(
@@ -121,6 +136,17 @@ class Runtime:
             reduction.decoder_probes if reduction else (),
             reduction.vision_probes if reduction else (),
         ).attach(attach)
+
+    def _follow(self, attach: Attachments) -> None:
+        """Attach what keeps track of prompts: needed by every engine, changes nothing by itself."""
+        family = self.family
+        for modality, name in ENCODERS.items():
+            if hasattr(family.core, name):
+                attach.attribute(family.core, name, self._watch_encoder(name, modality), f"core.{name}")
+        attach.pre_hook(family.core, self._enter_core, "multimodal model")
+        attach.hook(family.core, self._leave_core, "multimodal model", always=True)
+        attach.pre_hook(family.text_model, self._enter_text, "language model")
+        attach.hook(family.text_model, self._leave_text, "language model")
 
     # -- the prompt ---------------------------------------------------------------------------------------------------
 
@@ -196,8 +222,10 @@ class Runtime:
             return
         state.vision.extend(self.encoded)
         self.encoded.clear()
-        layout = build_layout(state.input_ids, state.attention_mask, self.family, state.vision)
-        state.stages = [Stage(0, layout, mask=_padding(state.attention_mask, layout.length))]
+        mask = _padding(state.attention_mask, state.num_queries)
+        layout = build_layout(state.input_ids, mask, self.family, state.vision)
+        state.full = layout
+        state.stages = [Stage(0, layout, mask=mask)]
         state.next_position = _next_position(kwargs.get("position_ids"), layout)
 
     def _leave_text(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:

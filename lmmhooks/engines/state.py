@@ -97,7 +97,13 @@ class PromptState:
         self.input_ids = input_ids
         self.attention_mask = attention_mask
         self.is_prefill = True
+        self.full: Layout | None = None
+        """Layout of the prompt as given, before any reduction."""
         self.stages: list[Stage] = []
+        self.branches = 1
+        """Rows of a forward per row of the caller's batch."""
+        self.branch_steps: float | None = None
+        """Share of decode steps on which decoding branches ran; None without branches."""
         self.vision: list[Any] = []
         self.num_queries = int(input_ids.shape[1])
         self.next_position: Tensor | None = None
@@ -117,7 +123,9 @@ class PromptState:
         for stage in reversed(self.stages):
             if stage.layer <= layer:
                 return stage
-        raise PromptError(f"no layout for decoder layer {layer}: the language model was called before its prompt was read")
+        raise PromptError(
+            f"no layout for decoder layer {layer}: the language model was called before its prompt was read"
+        )
 
     def begin_step(self, num_queries: int, cached: int) -> None:
         """

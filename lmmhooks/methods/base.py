@@ -29,7 +29,7 @@ class Hyperparameter:
     help: str
 
 
-def setting(default: Any = dataclasses.MISSING, *, help: str, **kwargs: Any) -> Any:  # noqa: A002 - reads as in typer
+def setting(default: Any = dataclasses.MISSING, *, help: str, **kwargs: Any) -> Any:
     """
     Declare a hyper-parameter with its documentation.
 
@@ -58,6 +58,10 @@ class Method:
     paper: ClassVar[str] = ""
     code: ClassVar[str] = ""
     calibrated: ClassVar[tuple[str, ...]] = ()
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Named groups of settings, chosen with ``name(preset='...')``; settings given beside it win."""
+    conflicts: ClassVar[Mapping[str, str]] = {}
+    """Ids of methods that contradict this one, each with the reason as a clause."""
 
     @classmethod
     def hyperparameters(cls) -> dict[str, Hyperparameter]:

@@ -46,7 +46,7 @@ def _third_party() -> tuple[dict[str, type[Method]], dict[str, str]]:
     for point in entry_points(group=ENTRY_POINT_GROUP):
         try:
             found[point.name] = point.load()
-        except Exception as error:  # noqa: BLE001 - foreign code may raise anything; it is reported, never swallowed
+        except Exception as error:
             broken[point.name] = f"{type(error).__name__}: {error}".splitlines()[0]
     return found, broken
 
@@ -116,6 +116,11 @@ def method(name: str, **settings: Any) -> Method:
             else f"unknown method {name!r}; known: {', '.join(known)}"
         )
     cls = known[name]
+    if (preset := settings.pop("preset", None)) is not None:
+        if preset not in cls.presets:
+            listed = ", ".join(cls.presets) or "none"
+            raise MethodError(f"{name} has no preset {preset!r}{closest(str(preset), cls.presets)}; it has: {listed}")
+        settings = {**cls.presets[preset], **settings}
     fields = cls.hyperparameters()
     for key in settings:
         if key not in fields:

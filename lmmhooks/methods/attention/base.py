@@ -6,8 +6,9 @@ Shapes: B rows of the batch, H query heads, R edited query rows, N keys, D width
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lmmhooks.methods.base import Method
@@ -138,7 +139,15 @@ class AttentionMethod(Method):
         """
         return None
 
-    def overrides(self, name: str) -> bool:
-        """Whether this class defines ``name`` itself; the engine skips steps that no method defines."""
-        mine: Callable[..., Any] = getattr(type(self), name)
-        return mine is not getattr(AttentionMethod, name)
+    @property
+    def edits(self) -> frozenset[str]:
+        """Steps this class defines itself; the engine skips those that no method defines."""
+        return _defined_steps(type(self))
+
+
+_STEPS = ("scale_keys", "edit_scores", "edit_weights", "scale_heads")
+
+
+@cache
+def _defined_steps(cls: type[AttentionMethod]) -> frozenset[str]:
+    return frozenset(step for step in _STEPS if getattr(cls, step) is not getattr(AttentionMethod, step))

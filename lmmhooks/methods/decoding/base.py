@@ -51,7 +51,8 @@ class DecodingMethod(Method):
         0.1, help="Plausibility cut in [0, 1]: tokens below beta times the largest probability are dropped; 0: no cut."
     )
     lazy: bool = setting(
-        False, help="Run the branches only on steps where the cut leaves more than one token; same output, fewer forwards."
+        False,
+        help="Run the branches only on steps where the cut leaves more than one token; same output, fewer forwards.",
     )
 
     def __post_init__(self) -> None:

@@ -1,0 +1,60 @@
+"""Which methods may act on one model together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lmmhooks.errors import MethodError
+from lmmhooks.methods.base import Method
+from lmmhooks.methods.decoding.base import DecodingMethod
+from lmmhooks.methods.reduction.base import ReductionMethod
+
+__all__ = ["check_composition"]
+
+
+def check_composition(family: Any, present: Sequence[Method], added: Sequence[Method]) -> None:
+    """
+    Refuse methods that contradict each other.
+
+    Parameters
+    ----------
+    family
+        The model family; decides at which layers reducers act.
+    present
+        Methods already on the model, including those of disabled patches.
+    added
+        Methods about to be attached.
+
+    Raises
+    ------
+    MethodError
+        The same method twice, two reducers at one boundary, two decoding methods, or a declared conflict; the text says
+        which and what to do.
+    """
+    known: list[Method] = list(present)
+    for new in added:
+        for old in known:
+            reason = _conflict(family, old, new)
+            if reason:
+                raise MethodError(f"{new.id} cannot be combined with {old.id}: {reason}; remove one of them")
+        known.append(new)
+
+
+def _conflict(family: Any, old: Method, new: Method) -> str | None:
+    if old.is_identity or new.is_identity:
+        return None
+    if old.id == new.id:
+        return "the same method is already on this model"
+    if new.id in old.conflicts or old.id in new.conflicts:
+        return old.conflicts.get(new.id) or new.conflicts[old.id]
+    if isinstance(old, DecodingMethod) and isinstance(new, DecodingMethod):
+        return "both define the next-token logits"
+    if isinstance(old, ReductionMethod) and isinstance(new, ReductionMethod):
+        shared = {cut.layer for cut in old.cuts(family)} & {cut.layer for cut in new.cuts(family)}
+        if shared:
+            where = ", ".join(
+                "before the decoder" if not layer else f"before layer {layer}" for layer in sorted(shared)
+            )
+            return f"both remove tokens {where}"
+    return None

@@ -1,0 +1,222 @@
+"""
+Finding the channels in which attention sinks carry massive activations.
+
+Procedure and thresholds: sheet "Finding D_sink for an unlisted model", after "Massive Activations in Large Language
+Models" (2402.17762) and VAR (2503.03321). A threshold alone never decides: a channel must persist over layers and
+prompts, be massive in absolute terms and relative to the median, and its score must go with received attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from scipy.stats import spearmanr
+from torch import Tensor
+
+from lmmhooks.engines.attention import AttentionEngine, DecoderProbe
+from lmmhooks.prompting import build_inputs
+
+if TYPE_CHECKING:
+    from lmmhooks.engines.runtime import Runtime
+
+__all__ = ["SinkDims", "discover_sink_dims", "sink_channels"]
+
+NUM_ANCHORS = 8
+MAX_CHANNELS = 4
+MIN_LAYER_SHARE = 0.5
+MIN_PROMPT_SHARE = 0.8
+MASSIVE = 100.0
+MASSIVE_RATIO = 1000.0
+
+QUESTIONS = (
+    "What is in the image?",
+    "Describe the picture in one sentence.",
+    "Is there a dog in the image?",
+    "How many people can you see?",
+    "What colour is the largest object?",
+    "List three things a traveller should pack for a week in the mountains.",
+    "Explain why the sky looks blue during the day.",
+    "Translate 'good morning' into French and German.",
+)
+
+
+@dataclass(frozen=True)
+class SinkDims:
+    """
+    Result of the search.
+
+    Attributes
+    ----------
+    dims
+        Channels, strongest first; empty when the model has none.
+    evidence
+        JSON-compatible: candidates with their persistence, magnitude, ratio to the median and rank correlation.
+    """
+
+    dims: tuple[int, ...]
+    evidence: dict[str, Any]
+
+
+def sink_channels(hidden: Tensor, valid: Tensor, tau: float) -> dict[int, float]:
+    """
+    Channels that stand out at the anchors of one prompt and layer.
+
+    Anchors are the first position and the `NUM_ANCHORS` positions with the largest normalised magnitude. A channel is a
+    candidate when it exceeds ``tau`` (in units of the row's RMS) at the first position or at half of the anchors.
+
+    Parameters
+    ----------
+    hidden
+        ``[N, D]`` layer input.
+    valid
+        ``[N]`` bool.
+    tau
+        Threshold.
+
+    Returns
+    -------
+    dict
+        Channel to mean normalised magnitude over the anchors.
+    """
+    x = hidden[valid].float()
+    z = x.abs() / (x.square().mean(dim=-1, keepdim=True) + 1e-6).sqrt()
+    strongest = z.amax(dim=-1).topk(min(NUM_ANCHORS, len(z))).indices
+    anchors = z[torch.cat([strongest.new_zeros(1), strongest])]
+    candidate = (z[0] >= tau) | ((anchors >= tau).float().mean(dim=0) >= 0.5)
+    mean = anchors.mean(dim=0)
+    return {int(c): float(mean[c]) for c in candidate.nonzero().flatten()}
+
+
+def discover_sink_dims(runtime: Runtime, processor: Any = None, tau: float | None = None) -> SinkDims:
+    """
+    Search the channels of a model; costs one prefill per prompt of `QUESTIONS`.
+
+    Parameters
+    ----------
+    runtime
+        Of the model; its patches are suspended meanwhile.
+    processor
+        Builds prompts, every second one with a synthetic image. None: random token ids, text only.
+    tau
+        Threshold on normalised magnitude; None: 20, or 0.3125 sqrt(width) below width 2048.
+    """
+    family = runtime.family
+    width = family.hidden_size
+    tau = tau if tau is not None else 20.0 if width >= 2048 else 0.3125 * width**0.5
+    # Deepstack layers still receive vision features: what stands out there is not the decoder's doing.
+    layers = range(max(2, family.deepstack_layers), family.num_layers - 1)
+    hits: dict[int, dict[int, int]] = {}
+    strength: dict[int, list[float]] = {}
+    massive: dict[int, list[tuple[float, float]]] = {}
+    correlation: dict[int, list[float]] = {}
+    num_prompts = 0
+    for inputs in _prompts(family, processor):
+        num_prompts += 1
+        hidden, received, valid = _read_prompt(runtime, inputs, layers)
+        for layer in layers:
+            for channel, size in sink_channels(hidden[layer], valid, tau).items():
+                per_prompt = hits.setdefault(channel, {})
+                per_prompt[num_prompts] = per_prompt.get(num_prompts, 0) + 1
+                strength.setdefault(channel, []).append(size)
+                x = hidden[layer][valid].float()
+                peak = x[:, channel].abs().max()
+                massive.setdefault(channel, []).append((float(peak), float(peak / x.abs().median().clamp_min(1e-9))))
+                score = x[:, channel].abs() / (x.square().mean(dim=-1) + 1e-6).sqrt()
+                if len(score) > 2:
+                    rank = spearmanr(score.cpu().numpy(), received[layer][valid].cpu().numpy()).statistic
+                    correlation.setdefault(channel, []).append(float(rank))
+    rows = []
+    for channel, per_prompt in hits.items():
+        lasting = sum(count >= MIN_LAYER_SHARE * len(layers) for count in per_prompt.values())
+        peaks = sorted(massive[channel])
+        peak, ratio = peaks[len(peaks) // 2]
+        ranks = correlation.get(channel, [0.0])
+        rows.append(
+            {
+                "channel": channel,
+                "prompt_share": lasting / num_prompts,
+                "mean_z": sum(strength[channel]) / len(strength[channel]),
+                "magnitude": peak,
+                "ratio": ratio,
+                "rank_correlation": sum(ranks) / len(ranks),
+            }
+        )
+    rows.sort(key=lambda row: -row["mean_z"])
+    lasting_rows = [row for row in rows if row["prompt_share"] >= MIN_PROMPT_SHARE][:MAX_CHANNELS]
+    confirmed = [
+        row
+        for row in lasting_rows
+        if row["magnitude"] >= MASSIVE and row["ratio"] >= MASSIVE_RATIO and row["rank_correlation"] > 0
+    ]
+    best = rows[0] if rows else None
+    summary = (
+        f"{len(confirmed)} of {len(rows)} candidate channels are massive and attended to"
+        if confirmed
+        else "no channel stands out"
+        if best is None
+        else f"strongest channel {best['channel']}: |x| {best['magnitude']:.0f}, {best['ratio']:.0f} times the median, "
+        f"rank correlation {best['rank_correlation']:.2f}; needed: {MASSIVE:.0f}, {MASSIVE_RATIO:.0f}, above 0"
+    )
+    evidence = {"summary": summary, "tau": tau, "prompts": num_prompts, "layers": list(layers), "candidates": rows[:16]}
+    return SinkDims(tuple(row["channel"] for row in confirmed), evidence)
+
+
+def _read_prompt(
+    runtime: Runtime, inputs: dict[str, Any], layers: range
+) -> tuple[dict[int, Tensor], dict[int, Tensor], Tensor]:
+    """Layer inputs ``[N, D]``, attention received per key ``[N]``, and valid positions of a single prompt."""
+    hidden: dict[int, Tensor] = {}
+    received: dict[int, Tensor] = {}
+
+    def keep(layer: int) -> Any:
+        def receive(weights: Tensor, real: Tensor) -> None:
+            mass = (weights.mean(dim=1) * real[..., None]).sum(dim=1)[0]
+            received[layer] = received.get(layer, 0) + mass
+
+        return receive
+
+    def look(layer: int) -> Any:
+        def hook(module: Any, args: Any, kwargs: Any) -> None:
+            hidden[layer] = (args[0] if args else kwargs["hidden_states"])[0].detach()
+
+        return hook
+
+    with runtime.suspended() as attachments, torch.inference_mode():
+        for layer in layers:
+            attachments.pre_hook(runtime.family.layers[layer], look(layer), f"input of layer {layer}")
+        AttentionEngine(runtime, [], [DecoderProbe(layer, "all", keep(layer)) for layer in layers]).attach(attachments)
+        runtime.family.model(**inputs, use_cache=False)
+        assert runtime.last is not None and runtime.last.full is not None
+        valid = runtime.last.full.valid[0]
+    seen = torch.arange(len(valid), 0, -1, device=valid.device)
+    # Mean over the rows that can see a key, or early keys would win by number of rows alone.
+    return hidden, {layer: mass / seen for layer, mass in received.items()}, valid
+
+
+def _prompts(family: Any, processor: Any) -> Iterator[dict[str, Any]]:
+    device = family.text_model.device
+    if processor is not None:
+        for number, question in enumerate(QUESTIONS):
+            images = [_image(number)] if number % 2 == 0 else []
+            yield build_inputs(processor, images, question, device, family.text_model.dtype)
+        return
+    generator = torch.Generator().manual_seed(0)
+    bos = getattr(family.text_config, "bos_token_id", None)
+    special = {family.image_token_id, family.video_token_id}
+    for _ in QUESTIONS:
+        ids = torch.randint(0, family.text_config.vocab_size, (1, 32), generator=generator)
+        for token in special - {None}:
+            ids[ids == token] = (token + 1) % family.text_config.vocab_size
+        if isinstance(bos, int):
+            ids[0, 0] = bos
+        yield {"input_ids": ids.to(device), "attention_mask": torch.ones_like(ids).to(device)}
+
+
+def _image(number: int) -> Image.Image:
+    """A small synthetic picture: smooth colour ramps in four orientations."""
+    ramp = Image.linear_gradient("L").rotate(90 * number).resize((224, 224))
+    return Image.merge("RGB", (ramp, ramp.rotate(90), ramp.rotate(180)))

@@ -1,0 +1,98 @@
+"""From an image and a question to model inputs, and from generated ids back to text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import nn
+
+from lmmhooks.errors import PromptError
+
+__all__ = ["answer", "build_inputs", "decode_new", "open_image"]
+
+
+def open_image(source: Any) -> Image.Image:
+    """
+    A PIL image in RGB.
+
+    Parameters
+    ----------
+    source
+        A PIL image or a path.
+
+    Raises
+    ------
+    PromptError
+        The file does not exist or does not decode.
+    """
+    if isinstance(source, Image.Image):
+        return source.convert("RGB")
+    if not isinstance(source, (str, Path)):
+        raise PromptError(f"an image is a PIL image or a path, not {type(source).__name__}")
+    try:
+        with Image.open(source) as image:
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise PromptError(f"image {str(source)!r} does not exist; check the path") from None
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise PromptError(f"image {str(source)!r} cannot be decoded ({reason}); save it again as PNG or JPEG") from None
+
+
+def build_inputs(
+    processor: Any, images: Sequence[Any], prompt: str, device: Any = None, dtype: torch.dtype | None = None
+) -> dict[str, Any]:
+    """
+    Model inputs for one question about some images, through the processor's chat template.
+
+    Parameters
+    ----------
+    processor
+        Processor of the model, with a chat template.
+    images
+        PIL images or paths, in the order in which they precede the question; may be empty.
+    prompt
+        The question.
+    device
+        Where tensors go; None leaves them on the CPU.
+    dtype
+        Of floating-point tensors (pixels); None leaves them in float32.
+
+    Raises
+    ------
+    PromptError
+        No processor, an empty prompt, or an image that cannot be read.
+    """
+    if processor is None:
+        raise PromptError("no processor is known for this model; pass processor=... to wrap()")
+    if not prompt.strip():
+        raise PromptError("the prompt is empty; give a question")
+    opened = [open_image(image) for image in images]
+    content = [{"type": "image"} for _ in opened] + [{"type": "text", "text": prompt}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    inputs = processor(images=opened or None, text=[text], return_tensors="pt")
+    if device is not None:
+        inputs = inputs.to(device)
+    if dtype is None:
+        return dict(inputs)
+    return {k: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v for k, v in inputs.items()}
+
+
+def decode_new(processor: Any, sequences: torch.Tensor, prompt_length: int) -> list[str]:
+    """Text of the new tokens of every row, special tokens left out, stripped."""
+    new = sequences[:, prompt_length:]
+    return [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
+
+
+def answer(model: nn.Module, processor: Any, image: Any, prompt: str, **generate_kwargs: Any) -> str:
+    """Answer a question about an image (or several, or none); see `lmmhooks.patch.Patch.answer`."""
+    images = [] if image is None else list(image) if isinstance(image, (list, tuple)) else [image]
+    weight = next(model.parameters())
+    inputs = build_inputs(processor, images, prompt, weight.device, weight.dtype)
+    with torch.inference_mode():
+        sequences = model.generate(**inputs, **generate_kwargs)  # type: ignore[operator] # GenerationMixin
+    return decode_new(processor, sequences, inputs["input_ids"].shape[1])[0]

@@ -1,0 +1,135 @@
+"""What a patch did to the newest prompt, in numbers."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from lmmhooks import cost
+
+if TYPE_CHECKING:
+    from lmmhooks.engines.state import PromptState
+    from lmmhooks.family import Family
+
+__all__ = ["LayerStats", "Stats"]
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """
+    One decoder layer, one prompt batch.
+
+    Attributes
+    ----------
+    layer
+        0-based.
+    visual_in
+        Visual tokens of the prompt as given, per row of the batch.
+    visual_kept
+        Visual tokens that entered this layer, per row.
+    kv_bytes
+        Bytes of keys and values this layer holds for the prompt, all rows, padding included.
+    moved
+        Mean attention mass that edits moved in the edited prompt rows (total variation, 0 to 1), None without edits.
+    """
+
+    layer: int
+    visual_in: tuple[int, ...]
+    visual_kept: tuple[int, ...]
+    kv_bytes: int
+    moved: float | None
+
+
+@dataclass(frozen=True)
+class Stats:
+    """
+    Cost of the newest prompt under the active patches.
+
+    Attributes
+    ----------
+    layers
+        One entry per decoder layer.
+    average_visual
+        Visual tokens per decoder layer and row, averaged over both: the figure pruning papers quote.
+    kv_bytes, kv_bytes_full
+        Bytes of the prompt's keys and values with and without the reductions.
+    prefill_flops, prefill_flops_full
+        Theoretical decoder FLOPs of the prompts, all rows, padding not counted ("square" pairs convention).
+    branches
+        Rows of the forward per row of the batch: 1 without branches.
+    branch_steps
+        Share of decode steps on which the branches ran; None without a decoding method.
+    """
+
+    layers: tuple[LayerStats, ...]
+    average_visual: float
+    kv_bytes: int
+    kv_bytes_full: int
+    prefill_flops: float
+    prefill_flops_full: float
+    branches: int = 1
+    branch_steps: float | None = None
+
+    @property
+    def flops_saved(self) -> float:
+        """Share of the theoretical prefill FLOPs that the reductions save, 0 to 1."""
+        return 1.0 - self.prefill_flops / self.prefill_flops_full if self.prefill_flops_full else 0.0
+
+    @classmethod
+    def of(cls, family: Family, state: PromptState) -> Stats:
+        """
+        Read the statistics off the state of a prompt. Synchronises with the device once per stage.
+
+        Parameters
+        ----------
+        family
+            The model family.
+        state
+            A state whose prompt has been read.
+        """
+        shape = cost.DecoderShape.from_config(family.text_config)
+        element = next(family.text_model.parameters()).element_size()
+        assert state.full is not None
+        visual_in = _row_counts(state.full.visual)
+        text = [n - v for n, v in zip(_row_counts(state.full.valid), visual_in, strict=True)]
+        # Several layers share a stage; count each stage once.
+        kept_at = {stage.layer: _row_counts(stage.layout.visual) for stage in state.stages}
+        per_token = 2 * shape.kv_width * element
+        layers = []
+        for layer in range(shape.layers):
+            stage = state.stage_at(layer)
+            length = stage.layout.length - state.grown
+            moved = state.moved.get(layer)
+            layers.append(
+                LayerStats(
+                    layer,
+                    visual_in,
+                    kept_at[stage.layer],
+                    length * len(visual_in) * per_token,
+                    None if moved is None else float(moved),
+                )
+            )
+        flops = flops_full = 0.0
+        for row, (num_text, num_visual) in enumerate(zip(text, visual_in, strict=True)):
+            kept = [layer.visual_kept[row] for layer in layers]
+            flops += 2 * cost.prefill_macs(shape, cost.dense_counts(num_text, kept))
+            flops_full += 2 * cost.prefill_macs(shape, cost.dense_counts(num_text, [num_visual] * shape.layers))
+        counts = [count for layer in layers for count in layer.visual_kept]
+        return cls(
+            layers=tuple(layers),
+            average_visual=sum(counts) / len(counts),
+            kv_bytes=sum(layer.kv_bytes for layer in layers),
+            kv_bytes_full=state.full.length * len(visual_in) * per_token * shape.layers,
+            prefill_flops=flops,
+            prefill_flops_full=flops_full,
+            branches=state.branches,
+            branch_steps=state.branch_steps,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The statistics as JSON-compatible values, with ``flops_saved``."""
+        return {**asdict(self), "flops_saved": self.flops_saved}
+
+
+def _row_counts(mask: Any) -> tuple[int, ...]:
+    return tuple(int(count) for count in mask.sum(dim=1).tolist())
