@@ -1,4 +1,6 @@
-"""Errors of the harness: what bad input causes (exit status 2) and what a run that had begun dies of (exit status 1)."""
+"""
+Errors of the harness: what bad input causes (exit status 2) and what a run that had begun dies of (exit status 1).
+"""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """
 Paired statistics: a patched model against its own baseline on the same documents.
 
-Everything here takes plain numbers and arrays and knows no task. The formulas are those of the evaluation sheet, section 4:
-exact McNemar test, cluster bootstrap on sufficient statistics, Wilson interval, Holm correction, clustered standard error
-and the number of documents a difference needs to show.
+Everything here takes plain numbers and arrays and knows no task. The formulas are those of the evaluation sheet,
+section 4: exact McNemar test, cluster bootstrap on sufficient statistics, Wilson interval, Holm correction, clustered
+standard error and the number of documents a difference needs to show.
 """
 
 from __future__ import annotations
@@ -114,7 +114,8 @@ def paired_test(baseline: np.ndarray, patched: np.ndarray, mid_p: bool = False) 
         return ("mcnemar-mid-p" if mid_p else "mcnemar-exact"), mcnemar(flips.fixed, flips.broken, mid_p)
     difference = patched - baseline
     if len(difference) < 2 or np.ptp(difference) == 0:
-        # No spread: the t statistic is 0/0 or infinite. A constant shift of zero is no evidence, any other cannot be judged.
+        # No spread: the t statistic is 0/0 or infinite. A constant shift of zero is no evidence, any other cannot be
+        # judged.
         return "paired-t", 1.0
     return "paired-t", float(stats.ttest_rel(patched, baseline).pvalue)
 
@@ -210,8 +211,8 @@ def paired_bootstrap(
     """
     Resample clusters with replacement and recompute every metric from the resampled totals.
 
-    A draw is one multinomial over the clusters times the matrix of sufficient statistics, so the *reported* metric (an F1,
-    a CHAIR_i) is resampled and not a mean that resembles it.
+    A draw is one multinomial over the clusters times the matrix of sufficient statistics, so the *reported* metric
+    (an F1, a CHAIR_i) is resampled and not a mean that resembles it.
 
     Parameters
     ----------
@@ -292,4 +293,6 @@ def detectable_change(n: int, discordant: float, alpha: float = 0.05, power: flo
     if n == 0 or discordant <= 0 or items_needed(discordant, discordant, alpha, power) > n:
         return None
     smallest = math.sqrt(discordant / n) * 1e-3
-    return float(optimize.brentq(lambda change: items_needed(change, discordant, alpha, power) - n, smallest, discordant))
+    return float(
+        optimize.brentq(lambda change: items_needed(change, discordant, alpha, power) - n, smallest, discordant)
+    )

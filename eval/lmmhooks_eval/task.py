@@ -1,9 +1,10 @@
 """
 What a benchmark is: documents, how to ask about them, how to read an answer, how to add up and how to resample.
 
-A task never sees a model. Its score is a set of *sufficient statistics* per document (counts and sums that may be added), and
-its metrics are a function of their totals, so that the very same code yields the reported figure, the running figure of the
-progress bar and the 10,000 figures of a cluster bootstrap (specs: evaluation sheet, sections 3 and 4).
+A task never sees a model. Its score is a set of *sufficient statistics* per document (counts and sums that may be
+added), and its metrics are a function of their totals, so that the very same code yields the reported figure, the
+running figure of the progress bar and the 10,000 figures of a cluster bootstrap (specs: evaluation sheet, sections 3
+and 4).
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from lmmhooks.errors import closest
 
+from lmmhooks.errors import closest
 from lmmhooks_eval.errors import TaskError
 
 if TYPE_CHECKING:
@@ -108,7 +109,8 @@ class Task:
     source
         Where the documents come from; a callable, since a digest of the file is only wanted when a run begins.
     load
-        Returns every document in a fixed order. A document is a mapping with a unique ``"id"`` and values JSON can hold.
+        Returns every document in a fixed order. A document is a mapping with a unique ``"id"`` and values JSON can
+        hold.
     images
         Opens the images of a document, in the order in which the prompt shows them. Lazily opened files are fine: sizes
         are looked at first, pixels when the document is asked.
@@ -177,7 +179,9 @@ class Task:
         """
         text = self._named(self.prompts, prompt, "prompt").format_map(doc)
         if not text.strip():
-            raise TaskError(f"task {self.name!r}: the prompt of document {doc['id']!r} is empty; give its question a text")
+            raise TaskError(
+                f"task {self.name!r}: the prompt of document {doc['id']!r} is empty; give its question a text"
+            )
         images = [{"type": "image"} for _ in self.images(doc)]
         user = {"role": "user", "content": [*images, {"type": "text", "text": text}]}
         if system is None:

@@ -1,9 +1,10 @@
 """
 CHAIR: which objects a caption names, and which of them are not in the picture.
 
-Source: Rohrbach, Hendricks et al., "Object Hallucination in Image Captioning", EMNLP 2018, arXiv 1809.02156, section 3. The
-vocabulary and the singulariser are arguments: COCO's synonym list and a bundled benchmark's word list run through the same
-code. A report must name the singulariser; `builtin` here knows only the words of its vocabulary and reproduces objects, not English.
+Source: Rohrbach, Hendricks et al., "Object Hallucination in Image Captioning", EMNLP 2018, arXiv 1809.02156, section
+3. The vocabulary and the singulariser are arguments: COCO's synonym list and a bundled benchmark's word list run
+through the same code. A report must name the singulariser; `builtin` here knows only the words of its vocabulary and
+reproduces objects, not English.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from lmmhooks_eval.task import Metric
 __all__ = ["METRICS", "Mention", "Vocabulary", "aggregate", "builtin_singulariser", "chair", "score", "tokenise"]
 
 # Treebank conventions where they matter to object words: clitics and punctuation come off, hyphens stay inside a word.
-_TOKEN = re.compile(r"n't|'(?:s|re|ve|ll|d|m)\b|[a-z0-9]+(?:-[a-z0-9]+)*(?=n't)|[a-z0-9]+(?:-[a-z0-9]+)*|[^\sa-z0-9]", re.IGNORECASE)
+_TOKEN = re.compile(
+    r"n't|'(?:s|re|ve|ll|d|m)\b|[a-z0-9]+(?:-[a-z0-9]+)*(?=n't)|[a-z0-9]+(?:-[a-z0-9]+)*|[^\sa-z0-9]", re.IGNORECASE
+)
 
 
 def tokenise(caption: str) -> list[str]:
@@ -43,7 +46,8 @@ def builtin_singulariser(words: Iterable[str], irregular: Mapping[str, str] | No
     Returns
     -------
     callable
-        ``singularise(token) -> token``; a token that is itself a known word, or that leads to none, comes back unchanged.
+        ``singularise(token) -> token``; a token that is itself a known word, or that leads to none, comes back
+        unchanged.
     """
     known = {part for word in words for part in word.split(" ")}
     table = dict(irregular or {})
@@ -80,7 +84,8 @@ class Vocabulary:
     synonyms
         ``{node word: all words that stand for it}``; the node word need not repeat itself.
     double_words
-        Two adjacent singular words and what to emit for them (``{"fire hydrant": "fire hydrant", "baby bear": "bear"}``).
+        Two adjacent singular words and what to emit for them (``{"fire hydrant": "fire hydrant", "baby bear":
+        "bear"}``).
     singularise
         Token to singular; the default is `builtin_singulariser` over the vocabulary.
     variant
@@ -169,7 +174,8 @@ def aggregate(totals: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """
     CHAIR_s, CHAIR_i, recall, precision, F1 (all in [0, 1]) and mean length in tokens, from totals of `score`.
 
-    CHAIR_i counts repeats; a caption that names nothing is clean. Recall and precision are over distinct objects, pooled.
+    CHAIR_i counts repeats; a caption that names nothing is clean. Recall and precision are over distinct objects,
+    pooled.
     """
     precision, recall = ratio(totals["hits"], totals["named"]), ratio(totals["hits"], totals["objects"])
     return {
@@ -198,8 +204,8 @@ def chair(captions: Sequence[str], objects: Sequence[Iterable[str]], vocabulary:
     Returns
     -------
     dict
-        The metrics of `aggregate`, ``variant``, and ``per_caption``: for each the mentions, the hallucinated ones and the
-        objects it misses.
+        The metrics of `aggregate`, ``variant``, and ``per_caption``: for each the mentions, the hallucinated ones and
+        the objects it misses.
 
     Raises
     ------

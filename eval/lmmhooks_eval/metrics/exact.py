@@ -12,7 +12,8 @@ _DIGITS = {word: str(number) for number, word in enumerate(_NUMBERS)}
 
 def normalise(text: str) -> str:
     """
-    First line, lower case, punctuation at the ends removed, single spaces, articles dropped, number words up to ten as digits.
+    First line, lower case, punctuation at the ends removed, single spaces, articles dropped, number words up to ten
+    as digits.
 
     Parameters
     ----------

@@ -1,8 +1,9 @@
 """
 Yes/no answers: POPE's official parser, the variants in circulation, and the metrics with *yes* as the positive class.
 
-Source: Li et al., "Evaluating Object Hallucination in Large Vision-Language Models", EMNLP 2023, arXiv 2305.10355, and its
-released scorer. The parsers of other harnesses differ by whole points on terse or hedging models, so a result names its own.
+Source: Li et al., "Evaluating Object Hallucination in Large Vision-Language Models", EMNLP 2023, arXiv 2305.10355,
+and its released scorer. The parsers of other harnesses differ by whole points on terse or hedging models, so a result
+names its own.
 """
 
 from __future__ import annotations
@@ -24,16 +25,19 @@ _PUNCTUATION = re.compile(r"[^\w\s]")
 
 
 def is_yes_or_no(text: str) -> bool:
-    """Whether the answer begins with the word yes or no, in any case; answers that do not are reported as `unparsed`."""
+    """
+    Whether the answer begins with the word yes or no, in any case; answers that do not are reported as `unparsed`.
+    """
     return _PLAIN.match(text.strip()) is not None
 
 
 def official(text: str) -> Verdict:
     """
-    POPE's own rule: the first sentence says no if one of its space-separated words is ``No``, ``not`` or ``no``, else yes.
+    POPE's own rule: the first sentence says no if one of its space-separated words is ``No``, ``not`` or ``no``, else
+    yes.
 
-    Everything else is a yes, including ``NO``, ``Nope``, ``**No**``, ``No;``, a refusal and the empty string; a hedge such
-    as ``Yes, but not a big one`` is a no. Only the space splits, so ``No\\nThe`` is one word.
+    Everything else is a yes, including ``NO``, ``Nope``, ``**No**``, ``No;``, a refusal and the empty string; a hedge
+    such as ``Yes, but not a big one`` is a no. Only the space splits, so ``No\\nThe`` is one word.
     """
     words = text.split(".", 1)[0].replace(",", "").split(" ")
     return "no" if {"No", "not", "no"} & set(words) else "yes"
@@ -113,10 +117,11 @@ def metrics(splits: Sequence[str]) -> tuple[Metric, ...]:
 
 def aggregate(totals: Mapping[str, np.ndarray], splits: Sequence[str]) -> dict[str, np.ndarray]:
     """
-    Accuracy, precision, recall, F1 and share of predicted yes, per split and as the mean over the splits that have answers.
+    Accuracy, precision, recall, F1 and share of predicted yes, per split and as the mean over the splits that have
+    answers.
 
-    The mean of the three F1 values is what "POPE 85.9" of LLaVA-1.5 refers to. Precision, recall and F1 are 0 where nothing
-    was predicted or nothing is there.
+    The mean of the three F1 values is what "POPE 85.9" of LLaVA-1.5 refers to. Precision, recall and F1 are 0 where
+    nothing was predicted or nothing is there.
 
     Parameters
     ----------

@@ -1,8 +1,8 @@
 """
 The registry of tasks: the bundled ones by name, third parties' through the entry-point group ``lmmhooks.tasks``.
 
-An entry point names a `Task` object. One that cannot be imported, or is no task, is reported by `discover` and in the error
-of a look-up that fails: a plug-in that silently vanishes costs its author a day.
+An entry point names a `Task` object. One that cannot be imported, or is no task, is reported by `discover` and in the
+error of a look-up that fails: a plug-in that silently vanishes costs its author a day.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 
 from lmmhooks.errors import closest
-
 from lmmhooks_eval.errors import TaskError
 from lmmhooks_eval.task import Task
 
@@ -44,7 +43,7 @@ def discover() -> Discovery:
     for point in entry_points(group=GROUP):
         try:
             task = point.load()
-        except Exception as error:  # noqa: BLE001 - whatever a stranger's module raises must not hide the other tasks
+        except Exception as error:
             failures.append(f"entry point {point.name!r} ({point.value}): {type(error).__name__}: {error}")
             continue
         if not isinstance(task, Task):
@@ -71,7 +70,9 @@ def get_task(name: str) -> Task:
     if name in found.tasks:
         return found.tasks[name]
     failed = f"; failed to import: {'; '.join(found.failures)}" if found.failures else ""
-    raise TaskError(f"unknown task {name!r}{closest(name, found.tasks)}; known: {', '.join(sorted(found.tasks))}{failed}")
+    raise TaskError(
+        f"unknown task {name!r}{closest(name, found.tasks)}; known: {', '.join(sorted(found.tasks))}{failed}"
+    )
 
 
 def _bundled(name: str) -> Task:

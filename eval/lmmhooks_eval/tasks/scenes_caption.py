@@ -1,8 +1,9 @@
 """
 scenes-caption: describe the scene; CHAIR_s, CHAIR_i, recall and length with exact ground truth.
 
-CHAIR as in arXiv 1809.02156, section 3, over the scenes' own vocabulary. The ground truth is every category in the scene, so
-no annotation can be incomplete. Recall and length stand beside CHAIR because shorter captions hallucinate less for free.
+CHAIR as in arXiv 1809.02156, section 3, over the scenes' own vocabulary. The ground truth is every category in the
+scene, so no annotation can be incomplete. Recall and length stand beside CHAIR because shorter captions hallucinate
+less for free.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """
-scenes-pope: is there an object of this category in the scene, with random, popular and in-theme (adversarial) negatives.
+scenes-pope: is there an object of this category in the scene, with random, popular and in-theme (adversarial)
+negatives.
 
-POPE's protocol (arXiv 2305.10355) on the bundled scenes: per image and split equally many yes and no, the official parser,
-metrics per split and their means.
+POPE's protocol (arXiv 2305.10355) on the bundled scenes: per image and split equally many yes and no, the official
+parser, metrics per split and their means.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ TASK = Task(
     source=lambda: scenes.source(_FILE),
     load=lambda: scenes.read(_FILE),
     images=scenes.images,
-    # The bundled models were trained on the bare question; the suffix is LLaVA's official POPE prompt, for other models.
+    # The bundled models were trained on the bare question; the suffix is LLaVA's official POPE prompt, for other
+    # models.
     prompts={"bare": "{question}", "llava": "{question}\nAnswer the question using a single word or phrase."},
     parsers=yesno.PARSERS,
     score=_score,

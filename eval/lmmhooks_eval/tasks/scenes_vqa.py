@@ -1,4 +1,7 @@
-"""scenes-vqa: short-answer questions about the bundled scenes, scored by exact match after normalisation, per question type."""
+"""
+scenes-vqa: short-answer questions about the bundled scenes, scored by exact match after normalisation, per question
+type.
+"""
 
 from __future__ import annotations
 

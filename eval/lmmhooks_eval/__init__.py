@@ -1,0 +1,1 @@
+"""Evaluation harness of lmmhooks: tasks, metrics, runs and reports."""

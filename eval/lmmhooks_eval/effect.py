@@ -1,0 +1,68 @@
+"""What a patch did to a batch, in the few numbers that are stored with every answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lmmhooks import cost
+
+__all__ = ["Effect", "dense_effect", "patch_effect"]
+
+
+@dataclass(frozen=True)
+class Effect:
+    """
+    Reduction and theoretical cost of one batch.
+
+    Parameters
+    ----------
+    visual_kept
+        For every document, the visual tokens that entered each decoder layer; empty where nobody can say.
+    batch
+        Figures of the whole batch, as they are stored: ``batch_prefill_flops`` (decoder, theory, branches included),
+        and under a patch ``batch_branches``, ``batch_branch_steps`` and ``batch_moved`` (attention mass moved, per
+        layer).
+    """
+
+    visual_kept: list[list[int]]
+    batch: dict[str, Any]
+
+
+def dense_effect(config: Any, rows: Sequence[tuple[int, int]]) -> Effect:
+    """
+    The effect of no patch: every layer sees every visual token.
+
+    Parameters
+    ----------
+    config
+        Configuration of the model.
+    rows
+        (prompt tokens, visual tokens among them) of every document.
+    """
+    try:
+        shape = cost.DecoderShape.from_config(config)
+    except ValueError:
+        # The theory does not cover this decoder (a mixture of experts, linear attention); the measurements stand alone.
+        return Effect([[] for _ in rows], {"batch_prefill_flops": None})
+    flops = sum(
+        2 * cost.prefill_macs(shape, cost.dense_counts(prompt - visual, [visual] * shape.layers))
+        for prompt, visual in rows
+    )
+    return Effect([[visual] * shape.layers for _, visual in rows], {"batch_prefill_flops": flops})
+
+
+def patch_effect(patch: Any) -> Effect:
+    """The effect of the newest prompt under an active `lmmhooks.Patch`."""
+    stats = patch.stats
+    by_layer = [layer.visual_kept for layer in stats.layers]
+    return Effect(
+        visual_kept=[list(row) for row in zip(*by_layer, strict=True)],
+        batch={
+            "batch_prefill_flops": stats.prefill_flops,
+            "batch_branches": stats.branches,
+            "batch_branch_steps": stats.branch_steps,
+            "batch_moved": [layer.moved for layer in stats.layers],
+        },
+    )

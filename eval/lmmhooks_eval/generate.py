@@ -1,0 +1,193 @@
+"""One batch: images and prompts in, texts and costs out, through the model's own ``generate``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import StoppingCriteriaList
+
+from lmmhooks.errors import closest
+from lmmhooks_eval.accounting import MemoryMeter, TokenClock, kv_cache_bytes, synchronizer
+from lmmhooks_eval.errors import RecipeError
+
+__all__ = ["Answer", "BatchCost", "Generator"]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """
+    What the model said to one document.
+
+    Parameters
+    ----------
+    text
+        Decoded, special tokens removed, stripped.
+    tokens
+        Generated ids up to and including the end token.
+    stop_reason
+        ``"eos"`` or ``"length"``.
+    prompt_tokens, visual_tokens
+        Unpadded prompt length, and how many of its tokens are visual.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    stop_reason: str
+    prompt_tokens: int
+    visual_tokens: int
+
+
+@dataclass(frozen=True)
+class BatchCost:
+    """
+    Cost of one batch; times in milliseconds.
+
+    Parameters
+    ----------
+    size, steps
+        Rows, and tokens generated for the longest of them.
+    preprocess_ms, prefill_ms, decode_ms
+        Processor and transfer; first token; the others (None if there was one).
+    memory_mib
+        See `MemoryMeter`.
+    kv_bytes
+        Per layer, all rows, at the end of generation; None without a cache.
+    """
+
+    size: int
+    steps: int
+    preprocess_ms: float
+    prefill_ms: float
+    decode_ms: float | None
+    memory_mib: float | None
+    kv_bytes: list[int] | None
+
+
+class Generator:
+    """
+    Asks a loaded model.
+
+    Parameters
+    ----------
+    model, processor
+        As loaded; neither is changed.
+    settings
+        Image processor settings that replace its own.
+
+    Raises
+    ------
+    RecipeError
+        If the image processor knows no such setting.
+    """
+
+    def __init__(self, model: Any, processor: Any, settings: Mapping[str, Any] | None = None) -> None:
+        self.model = model
+        self.processor = processor
+        self.settings = dict(settings or {})
+        known = getattr(getattr(processor.image_processor, "valid_kwargs", None), "__annotations__", None)
+        for key in self.settings:
+            if known is not None and key not in known:
+                raise RecipeError(
+                    f"the image processor of this model has no setting {key!r}{closest(key, known)}; "
+                    f"it has {', '.join(sorted(known))}"
+                )
+        self._eos = _as_set(model.generation_config.eos_token_id)
+        pad = model.generation_config.pad_token_id
+        self._pad = processor.tokenizer.pad_token_id if pad is None else pad
+        self._image_token = getattr(model.config, "image_token_id", None)
+
+    def ask(
+        self, prompts: Sequence[str], images: Sequence[Sequence[Any]], generation: Mapping[str, Any], seed: int
+    ) -> tuple[list[Answer], BatchCost]:
+        """
+        Answer one batch.
+
+        Parameters
+        ----------
+        prompts
+            Rendered prompts.
+        images
+            The images of each, in the order of their placeholders.
+        generation
+            Arguments of ``generate``.
+        seed
+            For whatever is random in sampling or in a method; the state of the global generators is put back
+            afterwards.
+        """
+        device = self.model.device
+        started = time.perf_counter()
+        inputs = self.inputs(prompts, images)
+        synchronizer(device)()
+        preprocess_ms = 1000 * (time.perf_counter() - started)
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            memory, clock = MemoryMeter(device), TokenClock(device)
+            output = self.model.generate(
+                **inputs,
+                **self._arguments(generation),
+                stopping_criteria=StoppingCriteriaList([clock]),
+                return_dict_in_generate=True,
+            )
+            clock.finish()
+        cost = BatchCost(
+            size=len(prompts),
+            steps=clock.steps,
+            preprocess_ms=preprocess_ms,
+            prefill_ms=clock.prefill_ms,
+            decode_ms=clock.decode_ms,
+            memory_mib=memory.mib(),
+            kv_bytes=kv_cache_bytes(getattr(output, "past_key_values", None)),
+        )
+        return self._read(inputs, output.sequences), cost
+
+    def inputs(self, prompts: Sequence[str], images: Sequence[Sequence[Any]]) -> Any:
+        """The processor's tensors of a batch on the model's device, padded on the left."""
+        tokenizer = self.processor.tokenizer
+        # A template that writes the start token itself must not get a second one; apply_chat_template decides the
+        # same way.
+        writes_bos = tokenizer.bos_token is not None and prompts[0].startswith(tokenizer.bos_token)
+        shown = [[image.convert("RGB") for image in row] for row in images]
+        extra = {"images": shown, "images_kwargs": self.settings} if any(shown) else {}
+        inputs = self.processor(
+            text=list(prompts),
+            text_kwargs={"padding": True, "padding_side": "left", "add_special_tokens": not writes_bos},
+            return_tensors="pt",
+            **extra,
+        )
+        return inputs.to(self.model.device, dtype=self.model.dtype)
+
+    def _arguments(self, generation: Mapping[str, Any]) -> dict[str, Any]:
+        arguments = {"pad_token_id": self._pad, **generation}
+        if not arguments.get("do_sample"):
+            # Checkpoints ship sampling settings that a greedy run would only be warned about.
+            arguments |= {"temperature": None, "top_p": None, "top_k": None}
+        return arguments
+
+    def _read(self, inputs: Any, sequences: torch.Tensor) -> list[Answer]:
+        prompt_ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        answers = []
+        for row, sequence in enumerate(sequences):
+            tokens = sequence[prompt_ids.shape[1] :].tolist()
+            end = next((index for index, token in enumerate(tokens) if token in self._eos), None)
+            tokens = tokens if end is None else tokens[: end + 1]
+            visual = 0 if self._image_token is None else int((prompt_ids[row] == self._image_token).sum())
+            answers.append(
+                Answer(
+                    text=self.processor.tokenizer.decode(tokens, skip_special_tokens=True).strip(),
+                    tokens=tuple(tokens),
+                    stop_reason="length" if end is None else "eos",
+                    prompt_tokens=int(mask[row].sum()),
+                    visual_tokens=visual,
+                )
+            )
+        return answers
+
+
+def _as_set(token: int | list[int] | None) -> frozenset[int]:
+    if token is None:
+        return frozenset()
+    return frozenset([token] if isinstance(token, int) else token)

@@ -1,0 +1,125 @@
+"""The two plots of a task as SVG that follows the page's colours, in light and in dark."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from lmmhooks_eval.recipe import BASELINE
+
+__all__ = ["cost_quality_plot", "difference_plot"]
+
+# Everything neutral is drawn in a colour nothing else uses and turned into `currentColor` in the SVG text, so that axes
+# and labels are dark on a light page and light on a dark one.
+_INK = "#010203"
+_TONES = {"": "#8a8f98", "good": "#2e9e5b", "bad": "#d0533f"}
+_STYLE = {
+    "svg.fonttype": "none",  # text stays text: it can be searched, scales with the page and shares no glyph ids
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "axes.edgecolor": _INK,
+    "axes.labelcolor": _INK,
+    "text.color": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+
+
+def difference_plot(task: Mapping[str, Any], name: str) -> str | None:
+    """
+    Difference of the primary metric to the baseline with its interval, one line per variant.
+
+    Parameters
+    ----------
+    task
+        The task's part of ``metrics.json``.
+    name
+        Of the task; keeps the ids of several plots on a page apart.
+
+    Returns
+    -------
+    str or None
+        An ``<svg>`` element; None if there is no variant to show.
+    """
+    metric = task["primary"]
+    shown = [
+        (variant, figures["metrics"][metric])
+        for variant, figures in task["variants"].items()
+        if variant != BASELINE and metric in figures["metrics"]
+    ]
+    if not shown:
+        return None
+    scale, better = _scale(task), task["metrics"][metric]["better"]
+    with rc_context({**_STYLE, "svg.hashsalt": f"difference/{name}"}):
+        figure = Figure(figsize=(6.4, 0.9 + 0.32 * len(shown)), layout="constrained")
+        axes = figure.add_subplot()
+        axes.axvline(0, color=_INK, linewidth=0.8, alpha=0.6)
+        for row, (_, estimate) in enumerate(reversed(shown)):
+            low, high = (scale * bound for bound in estimate["difference_interval"])
+            tone = (
+                ""
+                if low <= 0 <= high or better == "neither"
+                else "good"
+                if (low > 0) == (better == "higher")
+                else "bad"
+            )
+            axes.plot([low, high], [row, row], color=_TONES[tone], linewidth=2.5, solid_capstyle="round")
+            axes.plot([scale * estimate["difference"]], [row], "o", color=_TONES[tone], markersize=5)
+        axes.set_yticks(range(len(shown)), [variant for variant, _ in reversed(shown)])
+        axes.set_ylim(-0.6, len(shown) - 0.4)
+        axes.set_xlabel(f"{metric}: difference to the baseline ({_direction(better)})")
+        return _svg(figure)
+
+
+def cost_quality_plot(task: Mapping[str, Any], name: str) -> str | None:
+    """
+    Primary metric against measured prefill time, both relative to the same run's baseline; None without times.
+
+    Parameters
+    ----------
+    task, name
+        As in `difference_plot`.
+    """
+    metric, scale = task["primary"], _scale(task)
+    points = []
+    for variant, figures in task["variants"].items():
+        estimate, cost = figures["metrics"].get(metric), figures["cost"]
+        time = 1.0 if variant == BASELINE else cost.get("relative", {}).get("prefill_time")
+        if estimate is not None and time is not None:
+            points.append((variant, time, scale * estimate["value"], [scale * bound for bound in estimate["interval"]]))
+    if len(points) < 2:
+        return None
+    with rc_context({**_STYLE, "svg.hashsalt": f"cost/{name}"}):
+        figure = Figure(figsize=(6.4, 3.2), layout="constrained")
+        axes = figure.add_subplot()
+        for variant, time, value, (low, high) in points:
+            colour = _INK if variant == BASELINE else "#3f7fd0"
+            axes.plot([time, time], [low, high], color=colour, linewidth=1.2, alpha=0.6)
+            axes.plot([time], [value], "o", color=colour, markersize=5)
+            axes.annotate(variant, (time, value), xytext=(5, 4), textcoords="offset points", fontsize=8)
+        axes.margins(x=0.2)
+        axes.set_xlabel("prefill time, baseline = 1 (measured)")
+        axes.set_ylabel(f"{metric} ({_direction(task['metrics'][metric]['better'])})")
+        return _svg(figure)
+
+
+def _scale(task: Mapping[str, Any]) -> float:
+    return 100.0 if task["metrics"][task["primary"]]["unit"] == "share" else 1.0
+
+
+def _direction(better: str) -> str:
+    return {"higher": "higher is better", "lower": "lower is better", "neither": "descriptive"}[better]
+
+
+def _svg(figure: Figure) -> str:
+    stream = io.StringIO()
+    figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
+    text = stream.getvalue()
+    # Inline SVG needs neither XML declaration nor doctype.
+    return text[text.index("<svg") :].replace(_INK, "currentColor")

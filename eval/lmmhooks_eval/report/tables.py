@@ -1,0 +1,172 @@
+"""Tables of a scored run as plain data; the console and the HTML page draw the same ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lmmhooks_eval.recipe import BASELINE
+
+__all__ = ["Cell", "Table", "cost_table", "headline", "metrics_table", "notes"]
+
+Tone = Literal["", "good", "bad"]
+NOTHING = "-"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """
+    One cell.
+
+    Parameters
+    ----------
+    text
+        What it says.
+    tone
+        Whether it is an improvement or a loss. Set only for a difference whose interval excludes 0: a difference that
+        may be none is neither coloured nor bold.
+    """
+
+    text: str
+    tone: Tone = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table with its heading; the first column names the row, all others are figures."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+
+
+def headline(name: str, task: Mapping[str, Any]) -> Table:
+    """The primary metric of every variant: value, difference to the baseline, test, flips, answers that are missing."""
+    metric = task["primary"]
+    rows = []
+    for variant, figures in task["variants"].items():
+        estimate = figures["metrics"].get(metric)
+        test, flips = figures.get("test"), figures.get("flips")
+        compared = variant != BASELINE and estimate is not None
+        rows.append(
+            [
+                Cell(variant),
+                _value(estimate, task, metric),
+                _difference(estimate, task, metric) if compared else Cell(NOTHING),
+                Cell(_p(test["p_holm"]) if compared and test else NOTHING),
+                Cell(str(flips["fixed"]) if compared and flips else NOTHING),
+                Cell(str(flips["broken"]) if compared and flips else NOTHING),
+                Cell(str(figures.get("changed_texts", NOTHING)) if compared else NOTHING),
+                Cell(str(figures["n"])),
+                Cell(str(figures["unparsed"])),
+                Cell(str(figures["failed"])),
+            ]
+        )
+    columns = ["variant", _label(task, metric), "difference", "p (Holm)", "fixed", "broken", "changed", "n"]
+    return Table(f"{name}: {task['title']}", [*columns, "unparsed", "failed"], rows)
+
+
+def metrics_table(name: str, task: Mapping[str, Any]) -> Table:
+    """Every metric of every variant, with the difference to the baseline."""
+    rows = []
+    for metric in task["metrics"]:
+        cells = []
+        for variant, figures in task["variants"].items():
+            estimate = figures["metrics"].get(metric)
+            cell = _value(estimate, task, metric)
+            if variant != BASELINE and estimate is not None:
+                difference = _difference(estimate, task, metric)
+                cell = Cell(f"{_number(estimate['value'], task, metric)} ({difference.text})", difference.tone)
+            cells.append(cell)
+        if any(cell.text != NOTHING for cell in cells):
+            rows.append([Cell(_label(task, metric)), *cells])
+    return Table(f"{name}: all metrics", ["metric", *task["variants"]], rows)
+
+
+def cost_table(name: str, task: Mapping[str, Any]) -> Table:
+    """Tokens, times, memory and the ratios to the baseline, theoretical beside measured."""
+    rows = []
+    for variant, figures in task["variants"].items():
+        cost = figures["cost"]
+        if not cost:
+            continue
+        relative = cost["relative"] if variant != BASELINE else {}
+        prefill = cost["prefill_ms"]
+        rows.append(
+            [
+                Cell(variant),
+                Cell(f"{cost['visual_in']:.0f}"),
+                Cell(_plain(cost["visual_kept"], ".1f")),
+                Cell(f"{prefill['median']:.1f} / {prefill['p90']:.1f}"),
+                Cell(_plain(relative.get("prefill_time"), ".2f")),
+                Cell(_plain(relative.get("prefill_flops"), ".2f")),
+                Cell(_plain(cost["decode_tokens_per_s"], ".1f")),
+                Cell(_plain(relative.get("step_time"), ".2f")),
+                Cell(_plain(cost["kv_mib"], ".3f")),
+                Cell(_plain(relative.get("kv_bytes"), ".2f")),
+                Cell(f"{cost['preprocess_ms']['median']:.1f}"),
+                Cell(f"{cost['batch_size']:.0f}"),
+            ]
+        )
+    columns = ["variant", "visual in", "kept per layer", "prefill ms (median / p90)", "prefill time x"]
+    columns += ["prefill FLOPs x", "decode tokens/s", "step time x", "KV MiB", "KV x", "preprocess ms", "batch"]
+    return Table(f"{name}: cost per batch, ratios to the baseline", columns, rows)
+
+
+def notes(metrics: Mapping[str, Any]) -> list[str]:
+    """How to read the tables: what the intervals are, the family of tests, and what the sample size can show."""
+    statistics = metrics["statistics"]
+    lines = [
+        "No method is claimed to help unless its interval excludes 0.",
+        f"Intervals cover {100 * statistics['confidence']:g} %: paired bootstrap over images, {statistics['draws']} "
+        "draws of the reported metric itself; Wilson's for plain proportions of independent documents.",
+        f"p: exact McNemar test (paired t-test for fractional scores), Holm-corrected over the "
+        f"{statistics['family_size']} comparisons of this run.",
+    ]
+    for name, task in metrics["tasks"].items():
+        shown = [
+            figures["detectable_change"] for figures in task["variants"].values() if figures.get("detectable_change")
+        ]
+        if shown:
+            lines.append(
+                f"{name}: with these numbers of documents and of changed outcomes, a net change below "
+                f"{100 * min(shown):.1f} to {100 * max(shown):.1f} points cannot be shown (80 % power)."
+            )
+    return lines
+
+
+def _label(task: Mapping[str, Any], metric: str) -> str:
+    unit = " %" if task["metrics"][metric]["unit"] == "share" else ""
+    arrow = {"higher": " ↑", "lower": " ↓", "neither": ""}[task["metrics"][metric]["better"]]
+    return f"{metric}{unit}{arrow}"
+
+
+def _number(value: float, task: Mapping[str, Any], metric: str, sign: str = "") -> str:
+    scale = 100 if task["metrics"][metric]["unit"] == "share" else 1
+    return f"{scale * value:{sign}.1f}"
+
+
+def _value(estimate: Mapping[str, Any] | None, task: Mapping[str, Any], metric: str) -> Cell:
+    if estimate is None:
+        return Cell(NOTHING)
+    low, high = (_number(bound, task, metric) for bound in estimate["interval"])
+    return Cell(f"{_number(estimate['value'], task, metric)} [{low}, {high}]")
+
+
+def _difference(estimate: Mapping[str, Any], task: Mapping[str, Any], metric: str) -> Cell:
+    low, high = estimate["difference_interval"]
+    shown = [_number(value, task, metric, "+") for value in (estimate["difference"], low, high)]
+    better = task["metrics"][metric]["better"]
+    tone: Tone = ""
+    if better != "neither" and (low > 0 or high < 0):
+        tone = "good" if (low > 0) == (better == "higher") else "bad"
+    return Cell(f"{shown[0]} [{shown[1]}, {shown[2]}]", tone)
+
+
+def _p(value: float) -> str:
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _plain(value: float | None, form: str) -> str:
+    return NOTHING if value is None else f"{value:{form}}"

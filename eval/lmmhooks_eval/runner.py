@@ -1,0 +1,345 @@
+"""
+A run: one loaded model, every task, the baseline and every variant over the same documents in the same batches.
+
+Passes go task by task and variant by variant. The baseline's answers come from the model under the first variant's
+*disabled* patch, the variants' from their own; before the first pass every patch is attached once, so that a method
+that cannot run on this model says so before anything is computed, and a self-test shows that doing nothing changes
+nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lmmhooks.errors import PromptError
+from lmmhooks_eval import environment
+from lmmhooks_eval.effect import dense_effect, patch_effect
+from lmmhooks_eval.generate import Answer, BatchCost, Generator
+from lmmhooks_eval.identity import ModelIdentity, answer_key, item_seed
+from lmmhooks_eval.loading import load_model
+from lmmhooks_eval.plan import Item, batches, prepare, select
+from lmmhooks_eval.progress import RunProgress
+from lmmhooks_eval.recipe import Recipe, TaskPlan
+from lmmhooks_eval.score import Tally
+from lmmhooks_eval.selftest import self_test
+from lmmhooks_eval.store import ENVIRONMENT, Record, RunFolder
+from lmmhooks_eval.task import Task
+from lmmhooks_eval.tasks import get_task
+
+if TYPE_CHECKING:
+    from lmmhooks.methods.base import Method
+
+__all__ = ["Pass", "Runner", "run"]
+
+
+def run(recipe: Recipe, out: Path, *, resume: bool = False, progress: RunProgress | None = None) -> list[str]:
+    """
+    Run a recipe into a folder.
+
+    Parameters
+    ----------
+    recipe
+        What to run.
+    out
+        The run folder.
+    resume
+        Continue the run that is there: answers present are skipped, failed documents are tried again.
+    progress
+        Told where the run is; silent if left out.
+
+    Returns
+    -------
+    list of str
+        One line for every document that failed; empty if all were answered.
+
+    Raises
+    ------
+    LmmhooksError
+        For bad input, before anything is asked.
+    RunError
+        If the run cannot go on; answers so far are on disk.
+    """
+    methods = recipe.methods()
+    plans = [(plan, get_task(plan.name)) for plan in recipe.tasks]
+    for plan, task in plans:
+        task.check(plan.prompt, plan.parser)
+    with RunFolder(out, recipe.expanded(), resume=resume) as folder:
+        model, processor = load_model(recipe)
+        runner = Runner(recipe, methods, model, processor, folder, progress or RunProgress())
+        return runner.run(plans)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One task under one variant: its documents in batches, and how they are asked."""
+
+    plan: TaskPlan
+    task: Task
+    variant: str
+    methods: tuple[Method, ...]
+    generation: Mapping[str, Any]
+    batches: Sequence[Sequence[Item]]
+
+
+class Runner:
+    """
+    Carries out passes with one model and stores their answers.
+
+    Parameters
+    ----------
+    recipe, methods
+        What to run, and the methods of every variant.
+    model, processor
+        As loaded.
+    folder
+        Where answers go; what it holds already is skipped.
+    progress
+        Told where the run is.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        methods: Mapping[str, tuple[Method, ...]],
+        model: Any,
+        processor: Any,
+        folder: RunFolder,
+        progress: RunProgress,
+    ) -> None:
+        self.recipe = recipe
+        self.methods = methods
+        self.model = model
+        self.processor = processor
+        self.folder = folder
+        self.progress = progress
+        self.generator = Generator(model, processor, recipe.processor)
+        self.identity = ModelIdentity.of(
+            recipe.model,
+            model,
+            processor,
+            settings=recipe.processor,
+            system=recipe.system,
+            quantization=recipe.quantization,
+        )
+        self.failures: dict[str, str] = {}
+        self.memory_events: list[str] = []
+
+    def run(self, plans: Sequence[tuple[TaskPlan, Task]]) -> list[str]:
+        """Check, test, then every pass; returns one line per failed document."""
+        for methods in self.methods.values():
+            with self._attached(methods):
+                pass
+        prepared = [(plan, task, self._items(plan, task)) for plan, task in plans]
+        record = environment.describe(
+            self.model, asdict(self.identity), {task.name: asdict(task.source()) for _, task in plans}
+        )
+        self.folder.write_json(ENVIRONMENT, record)
+        record["self_test"] = self._self_test(*prepared[0])
+        passes = [
+            Pass(plan, task, variant, methods, self._generation(plan, task), self._batches(plan, task, items))
+            for plan, task, items in prepared
+            for variant, methods in self.methods.items()
+        ]
+        with self.progress:
+            self.progress.begin(sum(len(items) for _, _, items in prepared) * len(self.methods))
+            for plan, task, items in prepared:
+                self._record_unaskable(plan, task, items)
+            for each in passes:
+                self._carry_out(each)
+        record |= {"finished": environment.now(), "memory_events": self.memory_events}
+        self.folder.write_json(ENVIRONMENT, record)
+        return list(self.failures.values())
+
+    # -- before the first answer ---------------------------------------------------------------------------------------
+
+    def _items(self, plan: TaskPlan, task: Task) -> list[Item]:
+        docs = select(task, task.load(), plan.limit, self.recipe.seed)
+        return [prepare(task, doc, self.processor, plan.prompt, self.recipe.system) for doc in docs]
+
+    def _generation(self, plan: TaskPlan, task: Task) -> dict[str, Any]:
+        return {**task.generation, **plan.generation.given()}
+
+    def _batches(self, plan: TaskPlan, task: Task, items: Sequence[Item]) -> list[list[Item]]:
+        # Sampling draws from one generator per call: only alone does a document get its own seed's draws.
+        size = 1 if self._generation(plan, task).get("do_sample") else self.recipe.batch_size
+        return batches([item for item in items if item.error is None], size)
+
+    def _self_test(self, plan: TaskPlan, task: Task, items: Sequence[Item]) -> list[str]:
+        chosen = [item for item in items if item.error is None][: self.recipe.self_test]
+        if not chosen:
+            return []
+        greedy = {**self._generation(plan, task), "do_sample": False, "num_beams": 1}
+        groups = batches(chosen, self.recipe.batch_size)
+
+        def ask() -> list[tuple[int, ...]]:
+            return [answer.tokens for group in groups for answer in self._ask(task, group, greedy)[0]]
+
+        order = [item.doc_id for group in groups for item in group]
+        return self_test(ask, self._wrap, [methods for methods in self.methods.values() if methods], order)
+
+    # -- passes --------------------------------------------------------------------------------------------------------
+
+    def _carry_out(self, each: Pass) -> None:
+        tally = Tally(each.task)
+        self.progress.enter(each.task.name, each.variant)
+        with self._attached(each.methods) as patch:
+            for index, batch in enumerate(each.batches):
+                keys = {item.doc_id: self._key(each, item) for item in batch}
+                missing = [item for item in batch if keys[item.doc_id] not in self.folder.answered]
+                records = []
+                for part in self._fitting(each, missing):
+                    records += self._records(each, part, keys, index, patch)
+                self.folder.append(records)
+                for record in records:
+                    if "error" not in record:
+                        tally.add(record["score"])
+                self.progress.advance(len(batch), tally.text())
+        self.progress.leave(each.task.name, each.variant, tally.text())
+
+    def _fitting(self, each: Pass, items: Sequence[Item]) -> Iterator[_Part]:
+        """Ask the items together; where that fails for lack of memory or for one bad prompt, in halves."""
+        if not items:
+            return
+        try:
+            answers, cost = self._ask(each.task, items, each.generation)
+        except (RuntimeError, PromptError) as error:
+            failure = self._judged(error, len(items))
+        else:
+            yield _Part(items, answers, cost, None)
+            return
+        # Outside the handler: the exception's frames would keep the tensors that did not fit alive.
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if len(items) == 1:
+            yield _Part(items, [], None, failure)
+            return
+        half = (len(items) + 1) // 2
+        for part in (items[:half], items[half:]):
+            yield from self._fitting(each, part)
+
+    def _judged(self, error: Exception, size: int) -> str:
+        """One line for a failure that smaller batches may cure; anything else goes up."""
+        line = " ".join(str(error).split())
+        if isinstance(error, PromptError):
+            return line
+        if not _is_out_of_memory(error):
+            raise error
+        if size > 1:
+            note = f"out of memory with a batch of {size}; continuing in halves"
+            self.memory_events.append(note)
+            self.progress.note(note)
+        return f"out of memory with a batch of one: {line[:200]}"
+
+    def _ask(self, task: Task, items: Sequence[Item], generation: Mapping[str, Any]) -> tuple[list[Answer], BatchCost]:
+        images = [task.images(item.doc) for item in items]
+        seed = item_seed(self.recipe.seed, items[0].doc_id)
+        return self.generator.ask([item.prompt for item in items], images, generation, seed)
+
+    # -- records -------------------------------------------------------------------------------------------------------
+
+    def _key(self, each: Pass, item: Item) -> str:
+        random = bool(each.methods) or bool(each.generation.get("do_sample"))
+        return answer_key(
+            self.identity,
+            each.methods,
+            task=each.task.name,
+            doc_id=item.doc_id,
+            prompt=item.prompt,
+            image=item.image,
+            generation=each.generation,
+            seed=self.recipe.seed if random else None,
+        )
+
+    def _records(self, each: Pass, part: _Part, keys: Mapping[str, str], index: int, patch: Any) -> list[Record]:
+        if part.error is not None or part.cost is None:
+            item = part.items[0]
+            return [self._failed(each.task, each.variant, item, keys[item.doc_id], part.error or "no answer")]
+        shared = {"batch": index, **{f"batch_{name}": value for name, value in asdict(part.cost).items()}}
+        rows = [(answer.prompt_tokens, answer.visual_tokens) for answer in part.answers]
+        effect = patch_effect(patch) if each.methods else dense_effect(self.model.config, rows)
+        shared |= effect.batch
+        records = []
+        for row, (item, answer) in enumerate(zip(part.items, part.answers, strict=True)):
+            parsed = each.task.parse(answer.text, item.doc, each.plan.parser)
+            records.append(
+                {
+                    **_head(each.task, each.variant, item, keys[item.doc_id]),
+                    "text": answer.text,
+                    "parsed": parsed.value,
+                    "clean": parsed.clean,
+                    "score": dict(each.task.score(parsed.value, item.doc)),
+                    "prompt_tokens": answer.prompt_tokens,
+                    "visual_tokens": answer.visual_tokens,
+                    "new_tokens": len(answer.tokens),
+                    "stop_reason": answer.stop_reason,
+                    "visual_kept": effect.visual_kept[row],
+                    **shared,
+                }
+            )
+        return records
+
+    def _record_unaskable(self, plan: TaskPlan, task: Task, items: Sequence[Item]) -> None:
+        for item in items:
+            if item.error is None:
+                continue
+            for variant, methods in self.methods.items():
+                each = Pass(plan, task, variant, methods, self._generation(plan, task), ())
+                self.folder.append([self._failed(task, variant, item, self._key(each, item), item.error)])
+            self.progress.advance(len(self.methods))
+
+    def _failed(self, task: Task, variant: str, item: Item, key: str, reason: str) -> Record:
+        self.failures.setdefault(f"{task.name}/{item.doc_id}", reason)
+        return {**_head(task, variant, item, key), "error": reason}
+
+    # -- patches -------------------------------------------------------------------------------------------------------
+
+    def _wrap(self, methods: tuple[Method, ...]) -> Any:
+        import lmmhooks
+
+        return lmmhooks.wrap(self.model, *methods, processor=self.processor)
+
+    @contextmanager
+    def _attached(self, methods: tuple[Method, ...]) -> Iterator[Any]:
+        """
+        The patch of a variant; for the baseline the first variant's, disabled, so that both went through the same
+        door.
+        """
+        carrier = methods or next((other for other in self.methods.values() if other), ())
+        with ExitStack() as stack:
+            patch = stack.enter_context(self._wrap(carrier)) if carrier else None
+            if patch is not None and not methods:
+                stack.enter_context(patch.disabled())
+            yield patch
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Items that were asked together: their answers and cost, or why there are none."""
+
+    items: Sequence[Item]
+    answers: list[Answer]
+    cost: BatchCost | None
+    error: str | None
+
+
+def _head(task: Task, variant: str, item: Item, key: str) -> Record:
+    return {
+        "key": key,
+        "task": task.name,
+        "variant": variant,
+        "doc_id": item.doc_id,
+        "cluster": item.cluster,
+        "doc": dict(item.doc),
+        "prompt": item.prompt,
+        "image": item.image,
+    }
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -1,0 +1,272 @@
+"""
+Scoring stored answers: texts in, ``metrics.json`` out. No model is needed, so a changed parser costs seconds.
+
+Answers are parsed and scored anew from their stored text and document, whatever the lines say. Every variant is
+compared with the baseline on the documents both have answered.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lmmhooks_eval import stats
+from lmmhooks_eval.costs import summarise
+from lmmhooks_eval.recipe import BASELINE, Recipe, StatisticsSettings, TaskPlan
+from lmmhooks_eval.recipes import build
+from lmmhooks_eval.store import METRICS, Record, read_config, read_samples, write_atomically
+from lmmhooks_eval.task import Metric, Task
+from lmmhooks_eval.tasks import get_task
+
+__all__ = ["Scored", "Tally", "compare", "score_run", "scored_answers"]
+
+
+class Tally:
+    """Running totals of one pass, for the progress bar."""
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        self._totals: dict[str, float] = {}
+
+    def add(self, score: Mapping[str, float]) -> None:
+        """Add the statistics of one document."""
+        for name, value in score.items():
+            self._totals[name] = self._totals.get(name, 0.0) + value
+
+    def text(self) -> str:
+        """The primary metric so far, e.g. ``"accuracy 91.4"``; empty before the first document."""
+        if not self._totals:
+            return ""
+        figures = self._task.aggregate({name: np.asarray(value) for name, value in self._totals.items()})
+        metric = self._task.primary
+        return f"{metric.name} {float(figures[metric.name]) * (100 if metric.unit == 'share' else 1):.1f}"
+
+
+@dataclass(frozen=True)
+class Scored:
+    """An answer read again: its line, what the parser made of it, and its statistics."""
+
+    record: Record
+    value: Any
+    clean: bool
+    score: Mapping[str, float]
+
+
+def scored_answers(records: Sequence[Record], plan: TaskPlan, task: Task) -> dict[str, dict[str, Scored]]:
+    """
+    ``{variant: {document id: Scored}}`` of one task; documents that failed are left out.
+
+    Of several lines about a document the last counts: a failed document that was tried again has two.
+    """
+    latest: dict[tuple[str, str], Record] = {}
+    for record in records:
+        if record["task"] == task.name:
+            latest[record["variant"], record["doc_id"]] = record
+    result: dict[str, dict[str, Scored]] = {}
+    for (variant, doc_id), record in latest.items():
+        answers = result.setdefault(variant, {})
+        if "error" not in record:
+            parsed = task.parse(record["text"], record["doc"], plan.parser)
+            score = task.score(parsed.value, record["doc"])
+            answers[doc_id] = Scored(record, parsed.value, parsed.clean, score)
+    return result
+
+
+def compare(
+    task: Task, baseline: Mapping[str, Scored], patched: Mapping[str, Scored], settings: StatisticsSettings
+) -> dict[str, Any]:
+    """
+    Every figure of a variant beside its baseline, over the documents both answered.
+
+    Returns
+    -------
+    dict
+        ``n``, ``unpaired`` (documents only one of them has), ``metrics``, ``test``, ``flips``, and lists of document
+        ids.
+    """
+    shared = [doc_id for doc_id in baseline if doc_id in patched]
+    a, b = [baseline[doc_id] for doc_id in shared], [patched[doc_id] for doc_id in shared]
+    result: dict[str, Any] = {"n": len(shared), "unpaired": len(baseline.keys() ^ patched.keys())}
+    if not shared:
+        return result | {"metrics": {}}
+    result["metrics"] = _estimates(task, a, b, settings)
+    before, after = _outcomes(task, a), _outcomes(task, b)
+    name, p = stats.paired_test(before, after, settings.mid_p)
+    clusters = [answer.record["cluster"] for answer in a]
+    difference = after - before
+    result["test"] = {
+        "name": name,
+        "of": task.item_score,
+        "difference": float(difference.mean()),
+        "clustered_se": stats.clustered_se(difference, clusters),
+        "p": p,
+    }
+    changed = [x.record["text"] != y.record["text"] for x, y in zip(a, b, strict=True)]
+    if np.isin(before, (0, 1)).all() and np.isin(after, (0, 1)).all():
+        won = task.item_better == "higher"
+        flips = stats.Flips.count(before == won, after == won)
+        result["flips"] = {
+            "both_right": flips.both_right,
+            "fixed": flips.fixed,
+            "broken": flips.broken,
+            "both_wrong": flips.both_wrong,
+            "net": flips.net,
+            "fixed_ids": [i for i, x, y in zip(shared, before, after, strict=True) if x != won and y == won],
+            "broken_ids": [i for i, x, y in zip(shared, before, after, strict=True) if x == won and y != won],
+        }
+        result["detectable_change"] = stats.detectable_change(flips.total, flips.discordant)
+    result["changed_texts"] = sum(changed)
+    return result
+
+
+def score_run(path: Path, *, write: bool = True) -> dict[str, Any]:
+    """
+    Score a run folder again and, unless told otherwise, write its ``metrics.json``.
+
+    Parameters
+    ----------
+    path
+        The run folder.
+    write
+        Replace the folder's file.
+
+    Returns
+    -------
+    dict
+        What ``metrics.json`` holds. ``problems`` lists, one line each, why the run must not count as a success.
+
+    Raises
+    ------
+    StoreError
+        If the folder is no run or its answers are damaged.
+    RecipeError, TaskError
+        If its recipe or tasks are not known to this installation.
+    """
+    recipe = build(read_config(path), str(path / "config.yaml"))
+    records = read_samples(path)
+    tasks: dict[str, Any] = {}
+    problems: list[str] = []
+    for plan in recipe.tasks:
+        task = get_task(plan.name)
+        tasks[task.name] = _score_task(recipe, plan, task, records, problems)
+    family = _correct(tasks)
+    metrics = {
+        "recipe": recipe.name,
+        "model": recipe.model,
+        "statistics": {**recipe.statistics.model_dump(), "correction": "holm", "family_size": family},
+        "tasks": tasks,
+        "problems": problems,
+    }
+    if write:
+        write_atomically(path / METRICS, json.dumps(metrics, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    return metrics
+
+
+def _score_task(
+    recipe: Recipe, plan: TaskPlan, task: Task, records: Sequence[Record], problems: list[str]
+) -> dict[str, Any]:
+    answers = scored_answers(records, plan, task)
+    failed = {
+        (record["variant"], record["doc_id"]): record["error"]
+        for record in records
+        if record["task"] == task.name and "error" in record
+    }
+    baseline = answers.get(BASELINE, {})
+    result: dict[str, Any] = {
+        "title": task.title,
+        "licence": task.licence,
+        "parser": plan.parser or next(iter(task.parsers)),
+        "prompt": plan.prompt or next(iter(task.prompts)),
+        "primary": task.primary.name,
+        "metrics": {metric.name: {"better": metric.better, "unit": metric.unit} for metric in task.metrics},
+        "variants": {},
+    }
+    reference = [scored.record for scored in baseline.values()]
+    for variant in (BASELINE, *recipe.variants):
+        own = answers.get(variant, {})
+        unparsed = sum(not scored.clean for scored in own.values())
+        lost = {doc_id: why for (name, doc_id), why in failed.items() if name == variant and doc_id not in own}
+        figures = compare(task, baseline, own, recipe.statistics)
+        costs = summarise([scored.record for scored in own.values()], reference)
+        result["variants"][variant] = {"failed": len(lost), "unparsed": unparsed, **figures, "cost": costs}
+        place = f"{task.name}, {variant}"
+        if not own:
+            problems.append(f"{place}: no answers")
+        if lost:
+            doc_id, why = next(iter(lost.items()))
+            problems.append(f"{place}: {len(lost)} failed, first {doc_id!r}: {why}")
+        if own and unparsed > recipe.max_unparsed * len(own):
+            problems.append(f"{place}: {unparsed} of {len(own)} answers could not be parsed")
+        if figures["unpaired"]:
+            problems.append(f"{place}: {figures['unpaired']} documents are not answered by both baseline and variant")
+    return result
+
+
+def _estimates(task: Task, a: Sequence[Scored], b: Sequence[Scored], settings: StatisticsSettings) -> dict[str, Any]:
+    clusters = sorted({answer.record["cluster"] for answer in a})
+    names = sorted({name for answer in (*a, *b) for name in answer.score})
+    before, after = _per_cluster(a, clusters, names), _per_cluster(b, clusters, names)
+
+    def aggregate(totals: np.ndarray) -> Mapping[str, np.ndarray]:
+        return task.aggregate(dict(zip(names, totals, strict=True)))
+
+    estimates = stats.paired_bootstrap(before, after, aggregate, settings.draws, settings.confidence, settings.seed)
+    totals = dict(zip(names, after.sum(axis=0), strict=True))
+    result = {}
+    for metric in task.metrics:
+        if metric.name not in estimates:
+            continue
+        estimate = estimates[metric.name]
+        proportion = _proportion(metric, totals)
+        interval, method = estimate.interval, "cluster-bootstrap"
+        if proportion is not None and len(clusters) == len(a):
+            interval, method = stats.wilson(*proportion, settings.confidence), "wilson"
+        result[metric.name] = {
+            "value": estimate.value,
+            "n": proportion[1] if proportion is not None else len(a),
+            "interval": list(interval),
+            "interval_method": method,
+            "baseline": estimate.baseline,
+            "difference": estimate.difference,
+            "difference_interval": list(estimate.difference_interval),
+            "p": estimate.p,
+        }
+    return result
+
+
+def _proportion(metric: Metric, totals: Mapping[str, float]) -> tuple[float, int] | None:
+    """Successes and trials of a metric that is a plain proportion."""
+    if metric.proportion is None or metric.proportion[1] not in totals:
+        return None
+    successes, trials = metric.proportion
+    return totals.get(successes, 0.0), round(totals[trials])
+
+
+def _per_cluster(answers: Sequence[Scored], clusters: Sequence[str], names: Sequence[str]) -> np.ndarray:
+    row = {cluster: index for index, cluster in enumerate(clusters)}
+    matrix = np.zeros((len(clusters), len(names)))
+    for answer in answers:
+        matrix[row[answer.record["cluster"]]] += [answer.score.get(name, 0.0) for name in names]
+    return matrix
+
+
+def _outcomes(task: Task, answers: Sequence[Scored]) -> np.ndarray:
+    return np.asarray([answer.score[task.item_score] for answer in answers], dtype=float)
+
+
+def _correct(tasks: Mapping[str, Any]) -> int:
+    """Holm's correction over every paired test of the run, which is what one table shows; returns their number."""
+    tests = [
+        figures["test"]
+        for task in tasks.values()
+        for variant, figures in task["variants"].items()
+        if variant != BASELINE and "test" in figures
+    ]
+    for test, adjusted in zip(tests, stats.holm([test["p"] for test in tests]), strict=True):
+        test["p_holm"] = adjusted
+    return len(tests)
