@@ -132,7 +132,7 @@ class LlavaAdapter(Adapter):
 
     def use_training_attention(self) -> None:
         self.model.model.language_model.config._attn_implementation = PACKED_ATTENTION
-        self.vision.config._attn_implementation = SHORT_ATTENTION
+        self.model.model.vision_tower.config._attn_implementation = SHORT_ATTENTION
 
     def pixel_values(self, images: np.ndarray) -> Tensor:
         return _normalised(images)

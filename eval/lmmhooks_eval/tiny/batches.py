@@ -27,6 +27,26 @@ TEXT_ONLY_SHARE = 0.08
 
 
 @dataclass(frozen=True)
+class PackedRows:
+    """Packed rows of a batch.
+
+    Parameters
+    ----------
+    ids, labels
+        int64 ``(B, packing.length)``, see `pack_rows`.
+    packing
+        Layout of the rows.
+    has_image
+        False for text-only batches, whose rows have no image tokens.
+    """
+
+    ids: Tensor
+    labels: Tensor
+    packing: Packing
+    has_image: bool
+
+
+@dataclass(frozen=True)
 class Batch:
     """A training batch.
 
@@ -36,20 +56,13 @@ class Batch:
         uint8 ``(B, 112, 112, 3)``.
     targets
         Targets of the vision heads.
-    ids, labels
-        int64 ``(B, N)`` packed rows, or None in the vision stage.
-    packing
-        Layout of the rows, or None in the vision stage.
-    has_image
-        False for text-only batches, whose rows have no image tokens.
+    rows
+        Packed questions and captions, or None in the vision stage.
     """
 
     images: np.ndarray
     targets: SceneTargets
-    ids: Tensor | None = None
-    labels: Tensor | None = None
-    packing: Packing | None = None
-    has_image: bool = True
+    rows: PackedRows | None = None
 
 
 def draw_scenes(entropy: Sequence[int], number: int) -> tuple[list[Scene], np.ndarray]:
@@ -159,7 +172,7 @@ class PromptPacker:
         return ids, labels, packing
 
 
-class StepData(Dataset):
+class StepData(Dataset[Batch]):
     """Map-style data set whose items are whole batches, one per step.
 
     Parameters
@@ -188,8 +201,7 @@ class StepData(Dataset):
         captions = [ask.caption(scene) for scene in scenes]
         has_image = rng.random() >= TEXT_ONLY_SHARE
         mode = "image" if has_image else ("stripped", "template")[int(rng.integers(2))]
-        ids, labels, packing = self.packer.pack(rows, captions, mode)
-        return Batch(images, targets, ids, labels, packing, has_image)
+        return Batch(images, targets, PackedRows(*self.packer.pack(rows, captions, mode), has_image))
 
 
 def answer_loss(states: Tensor, labels: Tensor, head: torch.nn.Module) -> Tensor:

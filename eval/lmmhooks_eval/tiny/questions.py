@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
 from lmmhooks_eval.tiny.scenes import IMAGE_SIZE, Scene, SceneObject
 from lmmhooks_eval.tiny.vocabulary import BY_NAME, COLOURS
+
+Item = TypeVar("Item")
 
 CAPTION_PROMPT = "Describe the image."
 MIN_SIDE_OFFSET = 7.0
@@ -145,7 +149,7 @@ def existence_questions(scene: Scene, rng: np.random.Generator, number: int) -> 
     return [existence(name, True) for name in positives] + [existence(name, False) for name in negatives]
 
 
-def _pick(items: list, number: int, rng: np.random.Generator) -> list:
+def _pick(items: Sequence[Item], number: int, rng: np.random.Generator) -> list[Item]:
     return [items[i] for i in rng.permutation(len(items))[:number]]
 
 

@@ -7,7 +7,7 @@ polygons and bars. No font and no library rasteriser is involved, so a mask depe
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 
@@ -54,7 +54,9 @@ def _spoon(x: Array, y: Array) -> Array:
 
 
 def _fork(x: Array, y: Array) -> Array:
-    tines = _box(x, y, -0.52, -1.0, -0.28, -0.1) | _box(x, y, -0.12, -1.0, 0.12, 1.0) | _box(x, y, 0.28, -1.0, 0.52, -0.1)
+    tines = (
+        _box(x, y, -0.52, -1.0, -0.28, -0.1) | _box(x, y, -0.12, -1.0, 0.12, 1.0) | _box(x, y, 0.28, -1.0, 0.52, -0.1)
+    )
     return tines | _box(x, y, -0.52, -0.3, 0.52, -0.05)
 
 
@@ -80,7 +82,9 @@ def _bus(x: Array, y: Array) -> Array:
 
 
 def _tree(x: Array, y: Array) -> Array:
-    crown = _convex(x, y, (0.0, -1.0), (0.55, -0.25), (-0.55, -0.25)) | _convex(x, y, (0.0, -0.6), (0.8, 0.5), (-0.8, 0.5))
+    crown = _convex(x, y, (0.0, -1.0), (0.55, -0.25), (-0.55, -0.25)) | _convex(
+        x, y, (0.0, -0.6), (0.8, 0.5), (-0.8, 0.5)
+    )
     return crown | _box(x, y, -0.17, 0.4, 0.17, 1.0)
 
 
@@ -101,7 +105,9 @@ def _lamp(x: Array, y: Array) -> Array:
 
 def _boat(x: Array, y: Array) -> Array:
     hull = _convex(x, y, (-1.0, 0.35), (1.0, 0.35), (0.6, 0.85), (-0.6, 0.85))
-    sails = _convex(x, y, (0.08, -0.95), (0.8, 0.2), (0.08, 0.2)) | _convex(x, y, (-0.08, -0.6), (-0.08, 0.2), (-0.6, 0.2))
+    sails = _convex(x, y, (0.08, -0.95), (0.8, 0.2), (0.08, 0.2)) | _convex(
+        x, y, (-0.08, -0.6), (-0.08, 0.2), (-0.6, 0.2)
+    )
     return hull | sails | _box(x, y, -0.08, -0.95, 0.08, 0.4)
 
 
@@ -121,7 +127,9 @@ def _crab(x: Array, y: Array) -> Array:
     legs = np.zeros(np.broadcast(x, y).shape, dtype=bool)
     for side in (-1.0, 1.0):
         legs |= _bar(x, y, side * 0.55, -0.1, side * 0.7, -0.5, 0.16)
-        legs |= _bar(x, y, side * 0.4, 0.3, side * 0.95, 0.45, 0.16) | _bar(x, y, side * 0.3, 0.4, side * 0.75, 0.85, 0.16)
+        legs |= _bar(x, y, side * 0.4, 0.3, side * 0.95, 0.45, 0.16) | _bar(
+            x, y, side * 0.3, 0.4, side * 0.75, 0.85, 0.16
+        )
     return _disc(x, y, 0.0, 0.2, 0.62, 0.45) | (claws & ~pinch) | legs
 
 
@@ -204,7 +212,7 @@ SILHOUETTES: dict[str, Silhouette] = {
 """Category name -> predicate on the plane."""
 
 
-@lru_cache(maxsize=None)
+@cache
 def mask(category: str, extent: int) -> Array:
     """Coverage mask of a silhouette.
 
@@ -228,7 +236,7 @@ def mask(category: str, extent: int) -> Array:
     return coverage
 
 
-@lru_cache(maxsize=None)
+@cache
 def tight_box(category: str, extent: int) -> tuple[int, int, int, int]:
     """Smallest box around all pixels that `mask` covers by at least one half.
 

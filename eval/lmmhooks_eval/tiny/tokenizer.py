@@ -15,11 +15,43 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 SYSTEM_PROMPT = "You are a helpful assistant."
-ANSWERS = ("Yes", "No", "Left", "Right", "0", "1", "2", "3", "The") + tuple(name.capitalize() for name in COLOURS)
-FRAME_WORDS = (
-    "Is there a an in the image ? What color is How many are Which side on left right of Describe . , and "
-    "shows two three The this picture photo object objects not"
-).split()
+ANSWERS = ("Yes", "No", "Left", "Right", "0", "1", "2", "3", "The", *(name.capitalize() for name in COLOURS))
+FRAME_WORDS = [
+    "Is",
+    "there",
+    "a",
+    "an",
+    "in",
+    "the",
+    "image",
+    "?",
+    "What",
+    "color",
+    "is",
+    "How",
+    "many",
+    "are",
+    "Which",
+    "side",
+    "on",
+    "left",
+    "right",
+    "of",
+    "Describe",
+    ".",
+    ",",
+    "and",
+    "shows",
+    "two",
+    "three",
+    "The",
+    "this",
+    "picture",
+    "photo",
+    "object",
+    "objects",
+    "not",
+]
 CHAT_WORDS = ("USER", "ASSISTANT", "system", "user", "assistant", *SYSTEM_PROMPT.replace(".", "").split())
 
 LLAVA_SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "image_token": "<image>"}

@@ -11,9 +11,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lmmhooks_eval.tiny import questions as ask
-from lmmhooks_eval.tiny.adapters import ADAPTERS, Adapter, make_adapter
-from lmmhooks_eval.tiny.batches import STAGES, Batch, PromptPacker, StepData, answer_loss, draw_scenes
+from lmmhooks_eval.tiny.adapters import ADAPTERS, Adapter, VisualStates, make_adapter
+from lmmhooks_eval.tiny.batches import STAGES, Batch, PackedRows, PromptPacker, StepData, answer_loss, draw_scenes
+from lmmhooks_eval.tiny.export import export_model
 from lmmhooks_eval.tiny.heads import SceneTargets, VisionHeads
 from lmmhooks_eval.tiny.packing import register_attention
 from lmmhooks_eval.tiny.probes import absent_categories
 from lmmhooks_eval.tiny.questions import Question, existence
+from lmmhooks_eval.tiny.scenes import Scene
 
 AUXILIARY_WEIGHT = 0.3
 WARMUP_STEPS = 50
@@ -96,7 +99,7 @@ class Trainer:
         self.adapter.model.to(device)
         self.heads.to(device)
         self.stage, self.step = STAGES[0], 0
-        self.seconds = {stage: 0.0 for stage in STAGES}
+        self.seconds = dict.fromkeys(STAGES, 0.0)
         self.optimisers = make_optimisers(self.adapter, self.heads, self.stage)
         out.mkdir(parents=True, exist_ok=True)
 
@@ -124,7 +127,8 @@ class Trainer:
             collate_fn=_unchanged,
         )
         started = saved = time.monotonic()
-        before, averages = self.seconds[stage], {}
+        before = self.seconds[stage]
+        averages: dict[str, float] = {}
         for batch in loader:
             measured = self._train_step(batch, total)
             for name, value in measured.items():
@@ -159,19 +163,22 @@ class Trainer:
         return {"loss": float(loss.detach()), "gradient": float(norm), **measured}
 
     def _loss(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
-        if not batch.has_image:
-            states = self.adapter.packed_states(batch.ids.to(self.device), None, batch.packing)
-            loss = answer_loss(states, batch.labels.to(self.device), self.adapter.model.lm_head)
+        rows = batch.rows
+        if rows is not None and not rows.has_image:
+            loss = self._answer_loss(rows, None)
             return loss, {"text_only": float(loss.detach())}
         pixels = self.adapter.pixel_values(batch.images).to(self.device)
         visual = self.adapter.see(pixels)
         targets = SceneTargets(*(tensor.to(self.device) for tensor in vars(batch.targets).values()))
         auxiliary, measured = self.heads(visual, targets)
-        if batch.ids is None:
+        if rows is None:
             return auxiliary, measured
-        states = self.adapter.packed_states(batch.ids.to(self.device), visual, batch.packing)
-        loss = answer_loss(states, batch.labels.to(self.device), self.adapter.model.lm_head)
+        loss = self._answer_loss(rows, visual)
         return loss + AUXILIARY_WEIGHT * auxiliary, {"answers": float(loss.detach()), **measured}
+
+    def _answer_loss(self, rows: PackedRows, visual: VisualStates | None) -> Tensor:
+        states = self.adapter.packed_states(rows.ids.to(self.device), visual, rows.packing)
+        return answer_loss(states, rows.labels.to(self.device), self.adapter.model.lm_head)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16")
@@ -215,7 +222,8 @@ class Trainer:
         line = json.dumps(
             {"stage": self.stage, "step": self.step, "minutes": round(self.seconds[self.stage] / 60, 2), **rounded}
         )
-        print(line, flush=True)
+        sys.stdout.write(line + "\n")
+        sys.stdout.flush()
         with open(self.out / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(line + "\n")
 
@@ -289,7 +297,7 @@ def schedule(step: int, total: int) -> float:
     return warmup * 0.5 * (1.0 + math.cos(math.pi * step / total))
 
 
-def monitor_questions(scene: Any, rng: np.random.Generator) -> list[tuple[str, Question]]:
+def monitor_questions(scene: Scene, rng: np.random.Generator) -> list[tuple[str, Question]]:
     """Tagged questions of one monitor scene, at most 14."""
     tagged = [("recall", existence(name, True)) for name in scene.present[:3]]
     for tag, split in (("true_negatives_random", "random"), ("true_negatives_in_theme", "adversarial")):
@@ -305,7 +313,7 @@ def monitor_questions(scene: Any, rng: np.random.Generator) -> list[tuple[str, Q
     return tagged
 
 
-def _unchanged(batch: Batch) -> Batch:
+def _unchanged(batch: Any) -> Any:
     return batch
 
 
@@ -331,13 +339,13 @@ def main() -> None:
     """Command line entry."""
     arguments = _arguments()
     torch.set_num_threads(arguments.threads)
-    names = [field for field in Settings.__dataclass_fields__]
-    settings = Settings(**{name: getattr(arguments, name) for name in names})
+    settings = Settings(**{field.name: getattr(arguments, field.name) for field in fields(Settings)})
     trainer = Trainer(settings, arguments.out, torch.device(arguments.device), arguments.workers)
     if arguments.resume:
         trainer.load_checkpoint()
     trainer.log({"settings": asdict(settings), "device": str(trainer.device)})
     trainer.run()
+    export_model(settings.model, trainer.adapter.model, trainer.adapter.tokenizer, arguments.out / "model")
 
 
 if __name__ == "__main__":
