@@ -78,9 +78,7 @@ class Patch:
         MethodError
             If the model has not run since it was wrapped or re-enabled.
         """
-        if self._runtime.last is None or not self._runtime.last.stages:
-            raise MethodError("no prompt has run under this patch yet; call model.generate(...) or model(...) first")
-        return Stats.of(self._runtime.family, self._runtime.last)
+        return Stats.of(self._runtime.family, self._runtime.last_state)
 
     @contextmanager
     def disabled(self) -> Iterator[nn.Module]:
@@ -151,8 +149,8 @@ def wrap(model: nn.Module, *methods: str | Mapping[str, Any] | Method, processor
     model
         A transformers image-text-to-text model, on any device, in any dtype and attention backend.
     *methods
-        Names (``"var"``), specifications (``"fastervlm(keep=128)"``), or :class:`~lmmhooks.methods.base.Method` objects.
-        Order matters where several act at the same place. Patches made by several calls compose like methods of one.
+        Names (``"var"``), specifications (``"fastervlm(keep=128)"``), or Method objects. Order matters where several
+        act at the same place. Patches made by several calls compose like methods of one.
     processor
         The model's processor; needed by :meth:`Patch.answer` and by methods that process the image again.
 

@@ -89,9 +89,8 @@ class Stats:
         """
         shape = cost.DecoderShape.from_config(family.text_config)
         element = next(family.text_model.parameters()).element_size()
-        assert state.full is not None
-        visual_in = _row_counts(state.full.visual)
-        text = [n - v for n, v in zip(_row_counts(state.full.valid), visual_in, strict=True)]
+        visual_in = _row_counts(state.layout.visual)
+        text = [n - v for n, v in zip(_row_counts(state.layout.valid), visual_in, strict=True)]
         # Several layers share a stage; count each stage once.
         kept_at = {stage.layer: _row_counts(stage.layout.visual) for stage in state.stages}
         per_token = 2 * shape.kv_width * element
@@ -119,7 +118,7 @@ class Stats:
             layers=tuple(layers),
             average_visual=sum(counts) / len(counts),
             kv_bytes=sum(layer.kv_bytes for layer in layers),
-            kv_bytes_full=state.full.length * len(visual_in) * per_token * shape.layers,
+            kv_bytes_full=state.layout.length * len(visual_in) * per_token * shape.layers,
             prefill_flops=flops,
             prefill_flops_full=flops_full,
             branches=state.branches,

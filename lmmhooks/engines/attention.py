@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -325,7 +326,7 @@ def _segments(boundaries: Tensor | None, length: int) -> list[tuple[int, int]]:
     if boundaries is None:
         return [(0, length)]
     cuts = boundaries.tolist()
-    return list(zip(cuts[:-1], cuts[1:], strict=True))
+    return list(pairwise(cuts))
 
 
 def _bind(function: Callable[..., AttentionResult], layer: int) -> Callable[..., AttentionResult]:

@@ -130,6 +130,6 @@ def _base_function(module: nn.Module, base: str) -> Callable[..., AttentionResul
         # Not in the interface: every modelling file has its own, next to the attention class.
         for cls in type(module).__mro__:
             if (function := getattr(sys.modules[cls.__module__], "eager_attention_forward", None)) is not None:
-                return function  # type: ignore[no-any-return]
+                return function
         raise ModelError(f"{type(module).__name__} has no eager attention; load the model with another backend")
-    return ALL_ATTENTION_FUNCTIONS[base]  # type: ignore[no-any-return]
+    return ALL_ATTENTION_FUNCTIONS[base]

@@ -1,4 +1,4 @@
-"""Exact attention for a few query rows: selection, scores, visibility, received attention. Pure functions on tensors."""
+"""Exact attention for a few query rows: selection, scores, visibility, received attention; pure functions."""
 
 from __future__ import annotations
 

@@ -21,8 +21,8 @@ from transformers import Cache
 
 from lmmhooks.engines.attach import Attachments
 from lmmhooks.engines.attention import AttentionEngine
-from lmmhooks.engines.state import PromptState, Stage
-from lmmhooks.errors import PromptError
+from lmmhooks.engines.state import PromptState
+from lmmhooks.errors import MethodError, PromptError
 from lmmhooks.family import Family, VisionInputs
 from lmmhooks.layout import build_layout
 from lmmhooks.methods.attention.base import AttentionMethod
@@ -66,6 +66,20 @@ class Runtime:
         """Runs the encoder instead of a plain call: decoding branches encode several variants of an image at once."""
         self._states: WeakKeyDictionary[Cache, PromptState] = WeakKeyDictionary()
         self._marker: Any = None
+
+    @property
+    def last_state(self) -> PromptState:
+        """
+        State of the newest prompt.
+
+        Raises
+        ------
+        MethodError
+            If no prompt was read since the patches last changed.
+        """
+        if self.last is None or not self.last.stages:
+            raise MethodError("no prompt has run under this patch yet; call model.generate(...) or model(...) first")
+        return self.last
 
     # -- patches ------------------------------------------------------------------------------------------------------
 
@@ -115,7 +129,7 @@ class Runtime:
         return None
 
     def _attach(self, methods: Sequence[Method]) -> None:
-        attach, family = self.attachments, self.family
+        attach = self.attachments
         reducers = of_kind(methods, ReductionMethod)
         branching = of_kind(methods, DecodingMethod)
         reduction: ReductionEngine | None = None
@@ -162,7 +176,11 @@ class Runtime:
             self.readings = {}
             run = self.encoder_hook or (lambda modality, encode, arguments: encode(**arguments))
             output = run(modality, original, arguments)
-            self.encoded.append(VisionInputs(modality, arguments, output, probes=self.readings))
+            vision = VisionInputs(modality, arguments, output, probes=self.readings)
+            self.encoded.append(vision)
+            if self.current is not None:
+                # Inside the forward that reads the prompt; transformers would fail next, without naming a remedy.
+                self._check_counts(self.current, [vision])
             return output
 
         return watched
@@ -208,6 +226,18 @@ class Runtime:
             state.vision.append(seen or VisionInputs(modality, {}, output))
         # Whatever is left belongs to a prompt that was never read, or will be encoded again inside this forward.
         self.encoded.clear()
+        self._check_counts(state, state.vision)
+
+    def _check_counts(self, state: PromptState, calls: Sequence[VisionInputs]) -> None:
+        for call in calls:
+            token = self.family.image_token_id if call.modality == "image" else self.family.video_token_id
+            num_tokens, num_features = int((state.input_ids == token).sum()), sum(call.lengths())
+            if num_tokens != num_features:
+                raise PromptError(
+                    f"the prompt has {num_tokens} {call.modality} tokens but its {call.modality}s give {num_features} "
+                    f"features; write one {call.modality} placeholder per {call.modality} and let the model's processor "
+                    "expand it"
+                )
 
     def _holds_images(self, input_ids: Tensor) -> bool:
         ids = [i for i in (self.family.image_token_id, self.family.video_token_id) if i is not None]
@@ -222,10 +252,14 @@ class Runtime:
             return
         state.vision.extend(self.encoded)
         self.encoded.clear()
+        if not state.vision and self._holds_images(state.input_ids):
+            raise PromptError(
+                "the prompt has image tokens but no image was given; pass pixel_values beside input_ids, as the "
+                "model's processor returns them"
+            )
         mask = _padding(state.attention_mask, state.num_queries)
         layout = build_layout(state.input_ids, mask, self.family, state.vision)
-        state.full = layout
-        state.stages = [Stage(0, layout, mask=mask)]
+        state.read(layout, mask)
         state.next_position = _next_position(kwargs.get("position_ids"), layout)
 
     def _leave_text(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:

@@ -8,8 +8,9 @@ prompts, be massive in absolute terms and relative to the median, and its score 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -91,6 +92,43 @@ def sink_channels(hidden: Tensor, valid: Tensor, tau: float) -> dict[int, float]
     return {int(c): float(mean[c]) for c in candidate.nonzero().flatten()}
 
 
+@dataclass
+class _Candidate:
+    """What was seen of one channel."""
+
+    channel: int
+    layers_hit: list[int]
+    """Per prompt, in how many layers it stood out."""
+    z: list[float] = field(default_factory=list)
+    peaks: list[tuple[float, float]] = field(default_factory=list)
+    """Largest magnitude and its ratio to the median magnitude, per layer and prompt."""
+    ranks: list[float] = field(default_factory=list)
+    """Rank correlation of its score with received attention."""
+
+    def look(self, hidden: Tensor, received: Tensor, prompt: int, z: float) -> None:
+        x = hidden.float()
+        peak = x[:, self.channel].abs().max()
+        score = x[:, self.channel].abs() / (x.square().mean(dim=-1) + 1e-6).sqrt()
+        self.layers_hit[prompt] += 1
+        self.z.append(z)
+        self.peaks.append((float(peak), float(peak / x.abs().median().clamp_min(1e-9))))
+        rank = float(spearmanr(score.cpu().numpy(), received.cpu().numpy()).statistic)
+        # Undefined where one of the two is constant; then it is no evidence.
+        self.ranks.append(0.0 if math.isnan(rank) else rank)
+
+    def summary(self, num_layers: int) -> dict[str, float]:
+        magnitude, ratio = sorted(self.peaks)[len(self.peaks) // 2]
+        lasting = sum(count >= MIN_LAYER_SHARE * num_layers for count in self.layers_hit)
+        return {
+            "channel": self.channel,
+            "prompt_share": lasting / len(self.layers_hit),
+            "mean_z": sum(self.z) / len(self.z),
+            "magnitude": magnitude,
+            "ratio": ratio,
+            "rank_correlation": sum(self.ranks) / len(self.ranks),
+        }
+
+
 def discover_sink_dims(runtime: Runtime, processor: Any = None, tau: float | None = None) -> SinkDims:
     """
     Search the channels of a model; costs one prefill per prompt of `QUESTIONS`.
@@ -109,60 +147,33 @@ def discover_sink_dims(runtime: Runtime, processor: Any = None, tau: float | Non
     tau = tau if tau is not None else 20.0 if width >= 2048 else 0.3125 * width**0.5
     # Deepstack layers still receive vision features: what stands out there is not the decoder's doing.
     layers = range(max(2, family.deepstack_layers), family.num_layers - 1)
-    hits: dict[int, dict[int, int]] = {}
-    strength: dict[int, list[float]] = {}
-    massive: dict[int, list[tuple[float, float]]] = {}
-    correlation: dict[int, list[float]] = {}
-    num_prompts = 0
-    for inputs in _prompts(family, processor):
-        num_prompts += 1
+    found: dict[int, _Candidate] = {}
+    prompts = list(_prompts(family, processor))
+    for number, inputs in enumerate(prompts):
         hidden, received, valid = _read_prompt(runtime, inputs, layers)
         for layer in layers:
-            for channel, size in sink_channels(hidden[layer], valid, tau).items():
-                per_prompt = hits.setdefault(channel, {})
-                per_prompt[num_prompts] = per_prompt.get(num_prompts, 0) + 1
-                strength.setdefault(channel, []).append(size)
-                x = hidden[layer][valid].float()
-                peak = x[:, channel].abs().max()
-                massive.setdefault(channel, []).append((float(peak), float(peak / x.abs().median().clamp_min(1e-9))))
-                score = x[:, channel].abs() / (x.square().mean(dim=-1) + 1e-6).sqrt()
-                if len(score) > 2:
-                    rank = spearmanr(score.cpu().numpy(), received[layer][valid].cpu().numpy()).statistic
-                    correlation.setdefault(channel, []).append(float(rank))
-    rows = []
-    for channel, per_prompt in hits.items():
-        lasting = sum(count >= MIN_LAYER_SHARE * len(layers) for count in per_prompt.values())
-        peaks = sorted(massive[channel])
-        peak, ratio = peaks[len(peaks) // 2]
-        ranks = correlation.get(channel, [0.0])
-        rows.append(
-            {
-                "channel": channel,
-                "prompt_share": lasting / num_prompts,
-                "mean_z": sum(strength[channel]) / len(strength[channel]),
-                "magnitude": peak,
-                "ratio": ratio,
-                "rank_correlation": sum(ranks) / len(ranks),
-            }
-        )
-    rows.sort(key=lambda row: -row["mean_z"])
-    lasting_rows = [row for row in rows if row["prompt_share"] >= MIN_PROMPT_SHARE][:MAX_CHANNELS]
+            for channel, z in sink_channels(hidden[layer], valid, tau).items():
+                candidate = found.setdefault(channel, _Candidate(channel, [0] * len(prompts)))
+                candidate.look(hidden[layer][valid], received[layer][valid], number, z)
+    rows = sorted((c.summary(len(layers)) for c in found.values()), key=lambda row: -row["mean_z"])
+    lasting = [row for row in rows if row["prompt_share"] >= MIN_PROMPT_SHARE][:MAX_CHANNELS]
     confirmed = [
         row
-        for row in lasting_rows
+        for row in lasting
         if row["magnitude"] >= MASSIVE and row["ratio"] >= MASSIVE_RATIO and row["rank_correlation"] > 0
     ]
-    best = rows[0] if rows else None
-    summary = (
-        f"{len(confirmed)} of {len(rows)} candidate channels are massive and attended to"
-        if confirmed
-        else "no channel stands out"
-        if best is None
-        else f"strongest channel {best['channel']}: |x| {best['magnitude']:.0f}, {best['ratio']:.0f} times the median, "
-        f"rank correlation {best['rank_correlation']:.2f}; needed: {MASSIVE:.0f}, {MASSIVE_RATIO:.0f}, above 0"
-    )
-    evidence = {"summary": summary, "tau": tau, "prompts": num_prompts, "layers": list(layers), "candidates": rows[:16]}
-    return SinkDims(tuple(row["channel"] for row in confirmed), evidence)
+    if confirmed:
+        summary = f"{len(confirmed)} of {len(rows)} candidate channels are massive and attended to"
+    elif rows:
+        best = rows[0]
+        summary = (
+            f"strongest channel {best['channel']}: |x| {best['magnitude']:.0f}, {best['ratio']:.0f} times the median, "
+            f"rank correlation {best['rank_correlation']:.2f}; needed: {MASSIVE:.0f}, {MASSIVE_RATIO:.0f}, above 0"
+        )
+    else:
+        summary = "no channel stands out"
+    evidence = {"summary": summary, "tau": tau, "prompts": len(prompts), "layers": list(layers), "candidates": rows[:16]}
+    return SinkDims(tuple(int(row["channel"]) for row in confirmed), evidence)
 
 
 def _read_prompt(
@@ -175,7 +186,7 @@ def _read_prompt(
     def keep(layer: int) -> Any:
         def receive(weights: Tensor, real: Tensor) -> None:
             mass = (weights.mean(dim=1) * real[..., None]).sum(dim=1)[0]
-            received[layer] = received.get(layer, 0) + mass
+            received[layer] = received[layer] + mass if layer in received else mass
 
         return receive
 
@@ -190,8 +201,7 @@ def _read_prompt(
             attachments.pre_hook(runtime.family.layers[layer], look(layer), f"input of layer {layer}")
         AttentionEngine(runtime, [], [DecoderProbe(layer, "all", keep(layer)) for layer in layers]).attach(attachments)
         runtime.family.model(**inputs, use_cache=False)
-        assert runtime.last is not None and runtime.last.full is not None
-        valid = runtime.last.full.valid[0]
+        valid = runtime.last_state.layout.valid[0]
     seen = torch.arange(len(valid), 0, -1, device=valid.device)
     # Mean over the rows that can see a key, or early keys would win by number of rows alone.
     return hidden, {layer: mass / seen for layer, mass in received.items()}, valid

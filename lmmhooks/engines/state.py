@@ -97,8 +97,6 @@ class PromptState:
         self.input_ids = input_ids
         self.attention_mask = attention_mask
         self.is_prefill = True
-        self.full: Layout | None = None
-        """Layout of the prompt as given, before any reduction."""
         self.stages: list[Stage] = []
         self.branches = 1
         """Rows of a forward per row of the caller's batch."""
@@ -112,7 +110,20 @@ class PromptState:
         """Tokens that entered after the prompt."""
         self.moved: dict[int, Tensor] = {}
         """Per layer, mean attention mass that edits moved in the prompt (total variation, in [0, 1])."""
+        self._layout: Layout | None = None
         self._memory: dict[Any, dict[Any, Any]] = {}
+
+    @property
+    def layout(self) -> Layout:
+        """Layout of the prompt as given, before any reduction."""
+        if self._layout is None:
+            raise PromptError("the layout of the prompt is not known before the language model begins to read it")
+        return self._layout
+
+    def read(self, layout: Layout, mask: Tensor | None) -> None:
+        """The prompt's layout is known: its first stage begins."""
+        self._layout = layout
+        self.stages = [Stage(0, layout, mask=mask)]
 
     def memory(self, owner: Any) -> dict[Any, Any]:
         """Dictionary private to a method, empty at every new prompt."""
@@ -123,9 +134,7 @@ class PromptState:
         for stage in reversed(self.stages):
             if stage.layer <= layer:
                 return stage
-        raise PromptError(
-            f"no layout for decoder layer {layer}: the language model was called before its prompt was read"
-        )
+        raise PromptError(f"no layout for decoder layer {layer}: the language model ran before its prompt was read")
 
     def begin_step(self, num_queries: int, cached: int) -> None:
         """

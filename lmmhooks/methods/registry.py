@@ -33,8 +33,7 @@ def _shipped() -> dict[str, type[Method]]:
             for value in vars(module).values():
                 if isinstance(value, type) and issubclass(value, Method) and value.__module__ == module.__name__:
                     # A contract shared by several files of a kind carries no id of its own.
-                    if "id" in vars(value):
-                        found[value.id] = value
+                    found |= {value.id: value} if "id" in vars(value) else {}
     return found
 
 

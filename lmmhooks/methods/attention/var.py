@@ -1,8 +1,9 @@
 """
-Visual attention redistribution: take attention from sink tokens and hand it to the image tokens a head already looks at.
+Visual attention redistribution: take attention from sink tokens and give it to image tokens a head already looks at.
 
 A few positions draw attention whatever is asked; they carry huge values in fixed channels of the hidden state. In heads
-that look at the image, a fraction of the mass on those sinks goes to the visual non-sinks, in proportion to their weight.
+that look at the image, a fraction of the mass on those sinks goes to the visual non-sinks, in proportion to their
+weight.
 
 Differs from the released code, which keeps state between samples, edits the last layer and drops BOS: per-sample state,
 last layer untouched, as in the paper. The paper's ``p`` (moved fraction) and ``rho`` (least non-sink share) are the

@@ -1,0 +1,98 @@
+"""Search for sink channels on models in which they were planted, and on one that has none."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+import pytest
+import torch
+
+import lmmhooks
+from lmmhooks.engines.runtime import Runtime
+from lmmhooks.engines.sinks import discover_sink_dims, sink_channels
+from lmmhooks.family import resolve
+from lmmhooks.methods.attention.var import Var
+from tests.zoo import BOS, build
+
+PLANTED = (11, 40)
+
+
+def plant(model, channels=PLANTED, size=2000.0):
+    """
+    Give the first token the same huge values in some channels, and every query a taste for them.
+
+    The embedding of BOS carries them. Norms rescale each row, so the key of BOS is (nearly) a function of those channels
+    alone; the key projection sends them where the query bias looks.
+    """
+    text = model.model.language_model
+    with torch.no_grad():
+        text.embed_tokens.weight[BOS] *= 0.01
+        for channel in channels:
+            text.embed_tokens.weight[:, channel] = 0
+            text.embed_tokens.weight[BOS, channel] = size
+            for layer in text.layers:
+                # Nothing else writes to these channels, and what reads them does not drown the rest.
+                layer.self_attn.o_proj.weight[channel] = 0
+                layer.mlp.down_proj.weight[channel] = 0
+                layer.self_attn.v_proj.weight[:, channel] = 0
+    return model
+
+
+@pytest.fixture
+def sunk():
+    return plant(build("llava", layers=6).model)
+
+
+def test_planted_channels_are_candidates_and_gaussian_residuals_have_none():
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(40, 4096, generator=generator)
+    valid = torch.ones(40, dtype=torch.bool)
+    assert sink_channels(hidden, valid, tau=20.0) == {}
+    hidden[[0, 7], 1415] = 900.0
+    hidden[[0, 7], 2533] = -1200.0
+    assert sorted(sink_channels(hidden, valid, tau=20.0)) == [1415, 2533]
+
+
+def test_padding_is_no_anchor():
+    hidden = torch.randn(10, 4096, generator=torch.Generator().manual_seed(0))
+    hidden[0, 5] = 1e4
+    valid = torch.ones(10, dtype=torch.bool)
+    valid[0] = False
+    assert sink_channels(hidden, valid, tau=20.0) == {}
+
+
+def test_a_model_without_massive_activations_yields_none_and_wrap_says_so(tmp_path, monkeypatch):
+    model = build("llava", layers=6).model
+    found = discover_sink_dims(Runtime(resolve(model)))
+    assert found.dims == ()
+    assert found.evidence["summary"]
+    monkeypatch.setattr(pathlib.Path, "home", lambda: tmp_path)
+    with pytest.raises(lmmhooks.MethodError, match=r"sink_dims could not be found .* sink_dims='any'"):
+        lmmhooks.wrap(model, "var")
+    assert not model._forward_pre_hooks, "a refused wrap leaves nothing behind"
+
+
+def test_search_leaves_the_model_alone(sunk):
+    inputs = build("llava", layers=6).inputs(batch=1)
+    with torch.no_grad():
+        before = sunk(**inputs).logits
+        discover_sink_dims(Runtime(resolve(sunk)))
+        assert torch.equal(sunk(**inputs).logits, before)
+    assert not sunk.model.language_model.layers[3]._forward_pre_hooks
+
+
+def test_found_channels_are_cached_by_checkpoint_and_used(sunk, tmp_path, monkeypatch):
+    monkeypatch.setattr(pathlib.Path, "home", lambda: tmp_path)
+    expected = discover_sink_dims(Runtime(resolve(sunk)))
+    assert set(expected.dims) == set(PLANTED), expected.evidence
+    with lmmhooks.wrap(sunk, "var") as patch:
+        (method,) = patch.methods
+        assert isinstance(method, Var)
+        assert set(method.sink_dims) == set(PLANTED)
+    (file,) = (tmp_path / ".cache" / "lmmhooks" / "sink_dims").iterdir()
+    record = json.loads(file.read_text())
+    record["value"] = [3]
+    file.write_text(json.dumps(record))
+    with lmmhooks.wrap(sunk, "var") as patch:
+        assert patch.methods[0].sink_dims == (3,), "the stored result is used"
