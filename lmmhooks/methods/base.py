@@ -67,7 +67,7 @@ class Method:
     def hyperparameters(cls) -> dict[str, Hyperparameter]:
         """The settings of the method by name, with defaults and documentation."""
         found = {}
-        for item in dataclasses.fields(cls):
+        for item in _settable(cls):
             required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
             default = None if required else item.default
             found[item.name] = Hyperparameter(item.name, default, required, item.metadata.get("help", ""))
@@ -92,12 +92,12 @@ class Method:
 
     def settings(self) -> dict[str, Any]:
         """All hyper-parameters as JSON-compatible values; part of the identity of every stored answer."""
-        return {item.name: _plain(getattr(self, item.name)) for item in dataclasses.fields(self)}
+        return {item.name: _plain(getattr(self, item.name)) for item in _settable(self)}
 
     def spec(self) -> str:
         """Canonical text of the method, readable by :func:`lmmhooks.methods.resolve`; defaults are left out."""
         changed = []
-        for item in dataclasses.fields(self):
+        for item in _settable(self):
             value = getattr(self, item.name)
             if item.default is dataclasses.MISSING or value != item.default:
                 changed.append(f"{item.name}={_plain(value)!r}")
@@ -126,6 +126,11 @@ class Method:
         """Raise :class:`MethodError` naming the field, the value given and what is allowed."""
         if not condition:
             raise MethodError(f"{self.id}: {name}={getattr(self, name)!r} is not allowed; {name} must be {allowed}")
+
+
+def _settable(method: Any) -> list[dataclasses.Field[Any]]:
+    """Fields a user may set; a subclass fixes an inherited one with ``field(default=..., init=False)``."""
+    return [item for item in dataclasses.fields(method) if item.init]
 
 
 def _plain(value: Any) -> Any:
