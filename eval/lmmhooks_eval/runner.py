@@ -113,7 +113,7 @@ class Runner:
         progress: RunProgress,
     ) -> None:
         self.recipe = recipe
-        self.methods = methods
+        self.methods = dict(methods)
         self.model = model
         self.processor = processor
         self.folder = folder
@@ -132,14 +132,21 @@ class Runner:
 
     def run(self, plans: Sequence[tuple[TaskPlan, Task]]) -> list[str]:
         """Check, test, then every pass; returns one line per failed document."""
-        for methods in self.methods.values():
-            with self._attached(methods):
-                pass
+        for variant, methods in self.methods.items():
+            if methods:
+                # What a method measures on this checkpoint is measured once, here, and belongs to the identity of
+                # answers.
+                with self._wrap(methods) as patch:
+                    self.methods[variant] = patch.methods
         prepared = [(plan, task, self._items(plan, task)) for plan, task in plans]
         record = environment.describe(
             self.model, asdict(self.identity), {task.name: asdict(task.source()) for _, task in plans}
         )
         self.folder.write_json(ENVIRONMENT, record)
+        record["methods"] = {
+            variant: [{"id": method.id, "settings": method.settings()} for method in methods]
+            for variant, methods in self.methods.items()
+        }
         record["self_test"] = self._self_test(*prepared[0])
         passes = [
             Pass(plan, task, variant, methods, self._generation(plan, task), self._batches(plan, task, items))
@@ -151,7 +158,7 @@ class Runner:
             for plan, task, items in prepared:
                 self._record_unaskable(plan, task, items)
             for each in passes:
-                self._carry_out(each)
+                self.carry_out(each)
         record |= {"finished": environment.now(), "memory_events": self.memory_events}
         self.folder.write_json(ENVIRONMENT, record)
         return list(self.failures.values())
@@ -185,7 +192,8 @@ class Runner:
 
     # -- passes --------------------------------------------------------------------------------------------------------
 
-    def _carry_out(self, each: Pass) -> None:
+    def carry_out(self, each: Pass) -> None:
+        """Ask what is not answered yet, batch by batch, and store every batch before the next begins."""
         tally = Tally(each.task)
         self.progress.enter(each.task.name, each.variant)
         with self._attached(each.methods) as patch:
@@ -260,7 +268,7 @@ class Runner:
         if part.error is not None or part.cost is None:
             item = part.items[0]
             return [self._failed(each.task, each.variant, item, keys[item.doc_id], part.error or "no answer")]
-        shared = {"batch": index, **{f"batch_{name}": value for name, value in asdict(part.cost).items()}}
+        shared = {"batch": index, **{f"batch_{name}": _short(value) for name, value in asdict(part.cost).items()}}
         rows = [(answer.prompt_tokens, answer.visual_tokens) for answer in part.answers]
         effect = patch_effect(patch) if each.methods else dense_effect(self.model.config, rows)
         shared |= effect.batch
@@ -339,6 +347,11 @@ def _head(task: Task, variant: str, item: Item, key: str) -> Record:
         "prompt": item.prompt,
         "image": item.image,
     }
+
+
+def _short(value: Any) -> Any:
+    """Times to the microsecond: more digits are noise that fills the file."""
+    return round(value, 3) if isinstance(value, float) else value
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -13,6 +13,7 @@ import errno
 import json
 import os
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -21,7 +22,7 @@ import yaml
 
 from lmmhooks_eval.errors import RunError, StoreError
 
-__all__ = ["RunFolder", "differences", "read_config", "read_samples"]
+__all__ = ["RunFolder", "default_folder", "differences", "read_config", "read_samples", "write_atomically"]
 
 CONFIG, SAMPLES, METRICS, ENVIRONMENT, REPORT = (
     "config.yaml", "samples.jsonl", "metrics.json", "env.json", "report.html",
@@ -137,6 +138,32 @@ class RunFolder:
         data = path.read_bytes()
         if data and not data.endswith(b"\n"):
             os.truncate(path, data.rfind(b"\n") + 1)
+
+
+def default_folder(root: Path, name: str, *, resume: bool = False) -> Path:
+    """
+    The run folder of a recipe when the user names none.
+
+    Parameters
+    ----------
+    root
+        Folder that holds run folders.
+    name
+        Of the recipe.
+    resume
+        The newest existing one instead of a new one.
+
+    Raises
+    ------
+    StoreError
+        If there is none to resume.
+    """
+    if not resume:
+        return root / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    existing = sorted(path.parent for path in root.glob(f"{name}-[0-9]*/{CONFIG}"))
+    if not existing:
+        raise StoreError(f"no run of {name!r} to resume under {root}; name its folder with --out")
+    return existing[-1]
 
 
 def write_atomically(path: Path, text: str) -> Path:

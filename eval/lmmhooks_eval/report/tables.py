@@ -110,8 +110,16 @@ def cost_table(name: str, task: Mapping[str, Any]) -> Table:
             ]
         )
     columns = ["variant", "visual in", "kept per layer", "prefill ms (median / p90)", "prefill time x"]
-    columns += ["prefill FLOPs x", "decode tokens/s", "step time x", "KV MiB", "KV x", "preprocess ms", "batch"]
-    return Table(f"{name}: cost per batch, ratios to the baseline", columns, rows)
+    columns += [
+        "prefill FLOPs x",
+        "decode tokens/s",
+        "step time x",
+        "KV MiB per document",
+        "KV x",
+        "preprocess ms",
+        "batch",
+    ]
+    return Table(f"{name}: cost (times per batch, counts per document), ratios to the baseline", columns, rows)
 
 
 def notes(metrics: Mapping[str, Any]) -> list[str]:

@@ -23,12 +23,10 @@ _FILE = "scenes_caption.jsonl"
 
 @cache
 def _vocabulary() -> chair.Vocabulary:
-    return chair.Vocabulary(_synonyms(scenes.vocabulary()["categories"]))
-
-
-def _synonyms(categories: Any) -> dict[str, list[str]]:
-    """Every surface form of a category: its plural is listed too, so irregular ones need no rule."""
-    return {name: [*entry.get("synonyms", ()), entry["plural"]] for name, entry in categories.items()}
+    # The plural is listed as a synonym, so irregular ones need no rule; names of several words are joined as pairs.
+    synonyms = {entry["name"]: [*entry["synonyms"], entry["plural"]] for entry in scenes.vocabulary()["categories"]}
+    pairs = {word: word for words in synonyms.values() for word in words if " " in word}
+    return chair.Vocabulary(synonyms, pairs)
 
 
 def _parse(text: str, doc: Doc) -> Parsed:
