@@ -211,6 +211,24 @@ class Trainer:
                     right.setdefault(tag, []).append(int(guess) == int(labels[row, at]))
         return {tag: round(float(np.mean(values)), 4) for tag, values in sorted(right.items())}
 
+    def record(self) -> dict[str, Any]:
+        """What a model card says about the run: settings, wall clock, hardware, versions and the last monitor."""
+        settings = asdict(self.settings)
+        flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in settings.items())
+        if self.device.type == "cuda":
+            hardware = torch.cuda.get_device_name(self.device)
+        else:
+            hardware = f"{torch.get_num_threads()} CPU thread(s), {torch.backends.cpu.get_cpu_capability()}"
+        return {
+            "command": f"python -m lmmhooks_eval.tiny.train {flags}",
+            "settings": settings,
+            "minutes": {stage: round(seconds / 60, 1) for stage, seconds in self.seconds.items()},
+            "parameters": sum(parameter.numel() for parameter in self.adapter.model.parameters()),
+            "hardware": hardware,
+            "torch": torch.__version__,
+            "monitor": self.monitor(),
+        }
+
     def log(self, entry: dict[str, Any]) -> None:
         """Append one line to ``log.jsonl`` and print it."""
         rounded = {
@@ -345,7 +363,9 @@ def main() -> None:
         trainer.load_checkpoint()
     trainer.log({"settings": asdict(settings), "device": str(trainer.device)})
     trainer.run()
-    export_model(settings.model, trainer.adapter.model, trainer.adapter.tokenizer, arguments.out / "model")
+    folder = arguments.out / "model"
+    export_model(settings.model, trainer.adapter.model, trainer.adapter.tokenizer, folder)
+    (folder / "training.json").write_text(json.dumps(trainer.record(), indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
