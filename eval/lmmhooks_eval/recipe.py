@@ -49,7 +49,7 @@ class TaskPlan(_Strict):
 
     name: str = Field(description="Name of a task; `lmmhooks tasks` lists them.")
     limit: int | None = Field(
-        None, ge=1, description="About this many documents, stratified, whole clusters; unset: all."
+        default=None, ge=1, description="About this many documents, stratified, whole clusters; unset: all."
     )
     prompt: str | None = Field(default=None, description="Named wording; unset: the task's first.")
     parser: str | None = Field(default=None, description="Named reading of answers; unset: the task's first.")
@@ -89,10 +89,10 @@ class Recipe(_Strict):
     revision: str | None = Field(default=None, description="Branch, tag or commit of a hub model.")
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     attn_implementation: str | None = Field(
-        None, description="sdpa, eager, flash_attention_2, ...; unset: the model's."
+        default=None, description="sdpa, eager, flash_attention_2, ...; unset: the model's."
     )
     device_map: str | dict[str, int | str] | None = Field(
-        None, description="auto, cuda:0, cpu or a map; unset: cpu or GPU."
+        default=None, description="auto, cuda:0, cpu or a map; unset: cpu or GPU."
     )
     quantization: Literal["bnb-4bit", "bnb-8bit"] | None = Field(
         default=None, description="Weights through bitsandbytes."
@@ -108,7 +108,7 @@ class Recipe(_Strict):
     batch_size: int = Field(default=8, ge=1, le=4096)
     seed: int = Field(default=0, ge=0, description="Seed of sampling and of limited samples.")
     self_test: int = Field(
-        8, ge=0, description="Documents on which a patch that does nothing must change nothing; 0: skip."
+        default=8, ge=0, description="Documents on which a patch that does nothing must change nothing; 0: skip."
     )
     max_unparsed: float = Field(
         default=0.5, ge=0, le=1, description="A larger share of unparsed answers fails the run."
