@@ -198,12 +198,6 @@ class Layout:
         return Layout(torch.cat([self.segment, new], dim=1), self.spans)
 
     def crop(self, num_gone: int) -> Layout:
-        """Layout without its last ``num_gone`` columns, which must not be visual: the caller cropped its cache."""
-        if not 0 <= num_gone < self.length:
-            raise ValueError(f"num_gone is {num_gone}; 0 to {self.length - 1} columns can go")
-        return Layout(self.segment[:, : self.length - num_gone], self.spans)
-
-    def crop(self, num_gone: int) -> Layout:
         """Layout without its last ``num_gone`` columns, as when a cache is cropped after rejected draft tokens."""
         if not 0 <= num_gone <= self.length:
             raise ValueError(f"num_gone is {num_gone}; this layout has {self.length} columns")

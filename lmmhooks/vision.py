@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["ImageTokens", "VisionInputs"]
+__all__ = ["PIXELS", "ImageTokens", "VisionInputs"]
+
+#: Argument that holds the pixels, by modality.
+PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +73,8 @@ class VisionInputs:
     modality
         ``"image"`` or ``"video"``.
     kwargs
-        The call's arguments bound to their names: ``pixel_values``, ``image_grid_thw``, ``image_sizes`` ...
+        The call's arguments bound to their names: ``pixel_values``, ``image_grid_thw``, ``image_sizes`` ... Empty if
+        the features were encoded earlier and handed to the model; some families then cannot place the tokens.
     output
         The ``ModelOutput`` it returned. ``output.pooler_output`` holds the features, an entry ``[n_i, D]`` per image in
         row order. Where ``generate`` encodes images ahead of its loop, it repeats the entries in place for beams; in
@@ -94,6 +98,11 @@ class VisionInputs:
 
     def __post_init__(self) -> None:
         self.num_entries = len(self.lengths())
+
+    @property
+    def pixels_name(self) -> str:
+        """Name of the argument that holds the pixels."""
+        return PIXELS[self.modality]
 
     def lengths(self) -> list[int]:
         """Features of every entry now, after any expansion."""

@@ -8,6 +8,7 @@ nothing look the same) and a seed gives the same model on every version.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -34,6 +35,8 @@ from transformers import (
     Qwen3VLConfig,
     SiglipVisionConfig,
 )
+
+from lmmhooks.family import VisionInputs
 
 PAD, BOS, EOS, IMAGE, VIDEO, START, END = range(7)
 FIRST_TEXT_ID = 8
@@ -398,6 +401,20 @@ def build(
     model.generation_config.pad_token_id = PAD
     model.generation_config.eos_token_id = EOS
     return Zoo(family, model.to(dtype).eval(), recipe)
+
+
+def encode(model: Zoo, inputs: dict[str, Tensor]) -> list[VisionInputs]:
+    """What the model's encoders make of the images and videos of some inputs, one entry per modality that is there."""
+    core = model.model.model
+    calls = []
+    for modality, pixels in (("image", "pixel_values"), ("video", "pixel_values_videos")):
+        if pixels not in inputs:
+            continue
+        encoder = getattr(core, f"get_{modality}_features")
+        kwargs = {name: inputs[name] for name in inspect.signature(encoder).parameters if name in inputs}
+        with torch.no_grad():
+            calls.append(VisionInputs(modality, kwargs, encoder(**kwargs, return_dict=True)))
+    return calls
 
 
 @pytest.fixture(scope="session")

@@ -64,3 +64,19 @@ class LlavaFamily(Family):
         if self._keeps_cls(vision):
             scores = torch.nn.functional.pad(scores, (1, 0), value=float("nan"))
         return list(scores)
+
+    def unpack_pixels(self, vision: VisionInputs) -> list[Tensor]:
+        images = super().unpack_pixels(vision)
+        if vision.kwargs.get("image_sizes") is None:
+            return images
+        # Pixtral: images of different sizes are padded to the largest one of the call.
+        sizes = vision.host("image_sizes")
+        return [image[..., :height, :width] for image, (height, width) in zip(images, sizes, strict=True)]
+
+    def pack_pixels(self, images: Sequence[Tensor], vision: VisionInputs) -> Tensor:
+        if vision.kwargs.get("image_sizes") is None:
+            return super().pack_pixels(images, vision)
+        pixels = vision.kwargs["pixel_values"].clone()
+        for slot, image in zip(pixels, images, strict=True):
+            slot[:, : image.shape[-2], : image.shape[-1]] = image[0]
+        return pixels

@@ -36,6 +36,8 @@ class LlavaNextFamily(Family):
         return [image_size_to_num_patches(size, pinpoints, tile) for size in vision.host("image_sizes")]
 
     def image_tokens(self, vision: VisionInputs, source: int, num_tokens: int) -> ImageTokens:
+        if "image_sizes" not in vision.kwargs:
+            return ImageTokens.unknown(num_tokens)
         side = self._side
         crops = self.crops_of(vision)[source]
         grid = torch.stack(torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij"), dim=-1)
@@ -77,6 +79,23 @@ class LlavaNextFamily(Family):
         images = list(scores.split(self.crops_of(vision)))
         packed = self._pack(images, vision, range(len(images)), scores.new_full((1,), float("nan")))
         return [image.squeeze(-1) for image in packed]
+
+    def unpack_pixels(self, vision: VisionInputs) -> list[Tensor]:
+        pixels = vision.kwargs[vision.pixels_name]
+        crops = self.crops_of(vision)
+        if pixels.ndim == 4:
+            return list(pixels.split(crops))
+        # Images with fewer crops are padded to the most of the call.
+        return [image[:num] for image, num in zip(pixels, crops, strict=True)]
+
+    def pack_pixels(self, images: Sequence[Tensor], vision: VisionInputs) -> Tensor:
+        pixels = vision.kwargs[vision.pixels_name]
+        if pixels.ndim == 4:
+            return torch.cat(list(images))
+        pixels = pixels.clone()
+        for slot, image in zip(pixels, images, strict=True):
+            slot[: len(image)] = image
+        return pixels
 
     def _pack(
         self, images: list[Tensor], vision: VisionInputs, sources: Sequence[int], newline: Tensor

@@ -38,12 +38,13 @@ class LlavaOnevisionFamily(LlavaNextFamily):
         if vision.modality == "image":
             return super().image_tokens(vision, source, num_tokens)
         side = -(-self._side // 2)
-        frames = ImageTokens.raster([(side, side)] * self.crops_of(vision)[source])
-        if len(frames) + 1 != num_tokens:
+        num_frames, newlines = divmod(num_tokens, side**2)
+        if newlines != 1:
             raise PromptError(
-                f"video {source} has {num_tokens} tokens in the prompt, but its {len(frames.grids)} frames give "
-                f"{len(frames) + 1}; build the prompt with the processor of this model"
+                f"video {source} has {num_tokens} tokens in the prompt, which is not one more than a multiple of "
+                f"{side} x {side}; build the prompt with the processor of this model"
             )
+        frames = ImageTokens.raster([(side, side)] * num_frames)
         newline = torch.tensor([-1])
         crop, row, col = (torch.cat([part, newline]) for part in (frames.crop, frames.row, frames.col))
         return ImageTokens(crop, row, col, frames.grids)

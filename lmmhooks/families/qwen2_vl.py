@@ -33,6 +33,8 @@ class Qwen2VLFamily(Family):
         return [frames for frames, _, _ in self._grids(vision)]
 
     def image_tokens(self, vision: VisionInputs, source: int, num_tokens: int) -> ImageTokens:
+        if f"{vision.modality}_grid_thw" not in vision.kwargs:
+            return ImageTokens.unknown(num_tokens)
         frames, rows, cols = self._grids(vision)[source]
         if frames * rows * cols != num_tokens:
             raise PromptError(
@@ -42,8 +44,38 @@ class Qwen2VLFamily(Family):
         return ImageTokens.raster([(rows, cols)] * frames)
 
     def tower_to_tokens(self, per_patch: Sequence[Tensor], vision: VisionInputs) -> list[Tensor]:
-        merged = torch.cat(list(per_patch)).unflatten(0, (-1, self.vision.spatial_merge_size**2)).mean(dim=1)
+        # One piece per image or window, of different lengths.
+        patches = torch.cat([piece.flatten() for piece in per_patch])
+        merged = patches.unflatten(0, (-1, self.vision.spatial_merge_size**2)).mean(dim=1)
         return list(self._raster(merged, vision).split([t * h * w for t, h, w in self._grids(vision)]))
+
+    def unpack_pixels(self, vision: VisionInputs) -> list[Tensor]:
+        merge, patch = self.vision.spatial_merge_size, self.vision.config.patch_size
+        depth = self.vision.config.temporal_patch_size
+        grids = self._grids(vision)
+        sizes = [frames * rows * cols * merge**2 for frames, rows, cols in grids]
+        images = []
+        for patches, (frames, rows, cols) in zip(vision.kwargs[vision.pixels_name].split(sizes), grids, strict=True):
+            cells = patches.reshape(frames, rows, cols, merge, merge, -1, depth, patch, patch)
+            image = cells.permute(0, 6, 5, 1, 3, 7, 2, 4, 8).reshape(
+                frames, depth, -1, rows * merge * patch, cols * merge * patch
+            )
+            # A still image fills the temporal patch with copies of itself: hand it out once.
+            still = bool((image == image[:, :1]).all())
+            images.append(image[:, 0] if still else image.flatten(0, 1))
+        return images
+
+    def pack_pixels(self, images: Sequence[Tensor], vision: VisionInputs) -> Tensor:
+        merge, patch = self.vision.spatial_merge_size, self.vision.config.patch_size
+        depth = self.vision.config.temporal_patch_size
+        packed = []
+        for image, (frames, rows, cols) in zip(images, self._grids(vision), strict=True):
+            copies = frames * depth // len(image)
+            cells = image.repeat_interleave(copies, dim=0).reshape(
+                frames, depth, -1, rows, merge, patch, cols, merge, patch
+            )
+            packed.append(cells.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(frames * rows * cols * merge**2, -1))
+        return torch.cat(packed)
 
     def _raster(self, merged: Tensor, vision: VisionInputs) -> Tensor:
         """Merged scores ``[tokens]`` from tower order to the order in which the merger hands them out."""
