@@ -6,7 +6,7 @@ A decode step is rendered as one forward over prompt and answer so far; causalit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,21 +20,29 @@ Edit = Callable[[int, Tensor, int, Tensor], Tensor]
 
 
 @contextmanager
-def dense_attention(model: Any, edit: Edit) -> Iterator[None]:
-    """Run the decoder with a full attention matrix per layer that ``edit`` may change."""
+def dense_attention(model: Any, edit: Edit | None = None, *, scores: Edit | None = None, output: Edit | None = None):  # type: ignore[no-untyped-def]
+    """
+    Run the decoder with a full attention matrix per layer.
+
+    ``scores`` may change logits before the mask is applied, ``edit`` the weights, ``output`` the result ``[H, N, d]``.
+    """
+    edit_scores, edit_output = scores, output
     inputs: dict[int, Tensor] = {}
     text = model.model.language_model
 
     def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **kwargs: Any) -> tuple[Tensor, None]:
         groups = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-        scores = q @ k.transpose(2, 3) * kwargs["scaling"]
-        scores = scores + mask[..., : k.shape[2]]
-        weights = torch.softmax(scores.float(), dim=-1)
         layer = module.layer_idx
-        for row in range(q.shape[0]):
-            weights[row] = edit(layer, weights[row].clone(), row, inputs[layer][row])
-        return (weights.to(v.dtype) @ v).transpose(1, 2).contiguous(), None
+
+        def edited(values: Tensor, change: Edit | None) -> Tensor:
+            if change is None:
+                return values
+            return torch.stack([change(layer, x.clone(), row, inputs[layer][row]) for row, x in enumerate(values)])
+
+        logits = edited(q @ k.transpose(2, 3) * kwargs["scaling"], edit_scores)
+        weights = edited(torch.softmax((logits + mask[..., : k.shape[2]]).float(), dim=-1), edit)
+        return edited(weights.to(v.dtype) @ v, edit_output).transpose(1, 2).contiguous(), None
 
     # Registered under a name of the tests; transformers has no way to take a name out again.
     AttentionInterface.register("test_dense", attend)
