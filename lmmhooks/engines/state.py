@@ -33,8 +33,9 @@ class Stage:
         ``[B, N]`` bool padding mask; None when nothing is padded.
     removed
         ``[B]`` number of prompt tokens of each sample that this stage no longer holds; None when nothing was removed.
-    repack
-        Positions of the survivors were renumbered, so that later tokens sit ``removed`` positions earlier.
+    shift
+        ``[B]`` how many positions earlier than in the unpatched model later tokens sit, because survivors were
+        renumbered; None when they were not.
     """
 
     layer: int
@@ -42,7 +43,7 @@ class Stage:
     index: Tensor | None = None
     mask: Tensor | None = None
     removed: Tensor | None = None
-    repack: bool = False
+    shift: Tensor | None = None
     plans: dict[Any, RowPlan | None] = field(default_factory=dict)
     scratch: dict[Any, Any] = field(default_factory=dict)
     """Tensors shared by the layers of this stage within one forward; emptied when the next one begins."""
