@@ -1,22 +1,35 @@
 """
 Contract of reduction methods: which visual tokens stay, where in the model the others leave, and what is merged.
 
-Shapes: G groups that are reduced together (all of equal length), V visual tokens of a group, K kept ones, D width.
+Shapes: B rows of the batch, N positions of the sequence, G groups reduced in one call, V visual tokens of a group, K
+kept ones, D width.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from lmmhooks.errors import MethodError
 from lmmhooks.methods.base import Method, setting
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Cut", "Probe", "ReductionMethod", "TokenGroup", "num_kept"]
+__all__ = ["CropwiseMethod", "Cut", "Newline", "Positions", "Probe", "ReductionMethod", "Scope", "TokenGroup"]
 
 Positions = Literal["auto", "keep", "repack"]
+Newline = Literal["drop", "keep_per_row", "per_kept_row", "rank"]
+Scope = Literal["crop", "image", "sample"]
+
+_NEWLINE_HELP = (
+    "Newline and other tokens that show no place in the image, once the image loses tokens: 'drop' them as most "
+    "released code does, 'keep_per_row' keep all, 'per_kept_row' keep those behind a row of which something is left, "
+    "'rank' let them compete like any visual token."
+)
 
 
 @dataclass(frozen=True)
@@ -29,93 +42,117 @@ class Cut:
     layer
         Decoder layer, 0-based; the cut happens on its input. 0: after the projector, before any decoder layer.
     keep
-        Tokens kept of every group: an int, or a float share in (0, 1] of the tokens the group had in the prompt.
+        What stays: an int counts tokens per image; a float in (0, 1] is a share of the tokens every group had at the
+        method's first cut; None leaves the number to :meth:`ReductionMethod.select`.
+    hide
+        Nothing leaves the sequence; the keys of dropped tokens are hidden from this layer on instead. For ablations: it
+        saves neither time nor memory, and gives every surviving token the same states.
     """
 
     layer: int
-    keep: int | float
+    keep: int | float | None
+    hide: bool = False
 
 
 @dataclass(frozen=True)
 class Probe:
     """
-    A signal that a method scores tokens by.
+    A signal that a method scores tokens by. Head mean, after the softmax, float32 in the decoder, not renormalised.
 
     Attributes
     ----------
     signal
-        ``"vision_cls"``: attention of the class token in vision layer ``layer``, per patch. ``"vision_received"``: mean
-        attention a patch receives there. ``"decoder_row"``: attention of the last prompt row in decoder layer ``layer``.
-        Head mean, float32, after the softmax, not renormalised.
+        ``"vision_cls"``: attention of the class token in vision layer ``layer``. ``"vision_received"``: mean
+        attention a patch receives there. ``"decoder_rows"``: attention that prompt rows of decoder layer ``layer``
+        pay, mean over the rows.
     layer
-        Vision or decoder layer, 0-based.
+        Vision or decoder layer, 0-based. A decoder layer must lie before the cut that reads it.
+    rows
+        For ``"decoder_rows"``: ``"last"`` prompt row, text rows ``"after_image"``, or ``"all"``.
     """
 
-    signal: Literal["vision_cls", "vision_received", "decoder_row"]
+    signal: Literal["vision_cls", "vision_received", "decoder_rows"]
     layer: int
+    rows: Literal["last", "after_image", "all"] = "last"
 
     @property
     def name(self) -> str:
-        """Key under which the values appear in `TokenGroup.probes`."""
-        return f"{self.signal}[{self.layer}]"
+        """Key of the values in `TokenGroup.probes`, such as ``"decoder_rows[1, last]"``."""
+        return f"{self.signal}[{self.layer}{f', {self.rows}' if self.signal == 'decoder_rows' else ''}]"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TokenGroup:
     """
-    Groups of visual tokens that one call reduces: crops, images or whole prompts, all with equally many tokens.
+    Groups of visual tokens that one call reduces: crops, images or all of a prompt, with equally many tokens each.
+
+    Groups that lose nothing never reach a method, nor do groups that lose everything.
 
     Attributes
     ----------
-    states
-        ``[G, V, D]`` hidden states at the cut, in sequence order.
+    hidden
+        ``[B, N, D]`` the whole sequence at the cut; for methods that look at text too.
+    sample
+        ``[G]`` long: the row of the batch a group belongs to.
+    position
+        ``[G, V]`` long: where its tokens stand in ``hidden``, ascending.
     num_keep
-        K, between 0 and V.
+        K, between 1 and V - 1; V where the cut leaves the number to the method.
+    layer
+        Decoder layer before which the cut happens.
     probes
-        Values of the method's probes, ``[G, V]`` float32 each.
+        Values of the method's probes by `Probe.name`, ``[G, V]`` each.
     row, col
-        ``[V]`` long, CPU: cell of every token in its crop's grid (-1: unknown); shared by the groups.
+        ``[V]`` long, CPU: cell of every token in its crop's grid, shared by the groups; -1 where unknown.
     grid
-        Rows and columns of the crop's token grid, or None when unknown or when a group spans several crops.
+        Rows and columns of the crop's full token grid; None when unknown or when a group spans several crops.
     seeds
-        One integer per group, a hash of the prompt it belongs to: the same for every batch the prompt appears in.
+        For methods with `ReductionMethod.draws`: an integer per group, a hash of the prompt's token ids and of the
+        group's ordinal; the same on every device and in every batch that the prompt appears in. Empty otherwise.
     """
 
-    states: Tensor
+    hidden: Tensor
+    sample: Tensor
+    position: Tensor
     num_keep: int
+    layer: int
     probes: dict[str, Tensor]
     row: Tensor
     col: Tensor
     grid: tuple[int, int] | None
-    seeds: tuple[int, ...]
+    seeds: tuple[int, ...] = ()
 
-
-def num_kept(keep: int | float, num_tokens: int) -> int:
-    """Tokens kept of ``num_tokens``: an int is capped at the length, a share is rounded down but keeps at least one."""
-    if isinstance(keep, float):
-        return min(num_tokens, max(1, int(keep * num_tokens)))
-    return min(keep, num_tokens)
+    @cached_property
+    def states(self) -> Tensor:
+        """``[G, V, D]`` states of the tokens at the cut, gathered on first use."""
+        return self.hidden[self.sample[:, None], self.position]
 
 
 @dataclass(frozen=True)
 class ReductionMethod(Method):
     """
-    Removes visual tokens from the prompt; everything else about them (gathering states, positions, masks, caches of
-    different length per layer, decode steps) is the engine's business.
+    Removes visual tokens from the prompt.
+
+    A method says where (:meth:`cuts`), by what (:meth:`probes`) and which (:meth:`select`, :meth:`merge`). Everything
+    else is the engine's business: groups, gathering states, positions, masks, caches of different length per layer,
+    decode steps, restoring the full length.
     """
 
     kind: ClassVar[str] = "reduction"
-    scope: ClassVar[Literal["crop", "image", "sample"]] = "crop"
-    """What is reduced on its own: every crop, every image, or all visual tokens of a prompt together."""
+    draws: ClassVar[bool] = False
+    """The selection is random: fill `TokenGroup.seeds`."""
 
     keep: int | float | None = setting(
-        None, help="Visual tokens kept per image: a count (128), or a share in (0, 1] of the tokens the image has."
+        None,
+        help="Visual tokens kept: a count per image (128), or a share in (0, 1] of the tokens of every crop, image or "
+        "prompt, whichever the method reduces on its own. Required.",
     )
     positions: Positions = setting(
         "auto",
-        help="'keep' leaves survivors their original positions, 'repack' renumbers them without gaps; 'auto' is what the "
-        "authors' code does: repack on models with one-dimensional positions, keep on M-RoPE models.",
+        help="'keep' leaves survivors their original positions, 'repack' renumbers them without gaps; 'auto' repacks "
+        "on models with one-dimensional positions, as released code for LLaVA does, and keeps M-RoPE positions.",
     )
+    newline: Newline = setting("drop", help=_NEWLINE_HELP)
 
     def __post_init__(self) -> None:
         if self.keep is not None:
@@ -123,16 +160,71 @@ class ReductionMethod(Method):
             count = isinstance(self.keep, int) and not isinstance(self.keep, bool) and self.keep >= 0
             self._require(share or count, "keep", "a token count >= 0 or a share in (0, 1]")
         self._require(self.positions in ("auto", "keep", "repack"), "positions", "'auto', 'keep' or 'repack'")
+        allowed = ("drop", "keep_per_row", "per_kept_row") + (("rank",) if self.scope != "crop" else ())
+        self._require(self.newline in allowed, "newline", "one of " + ", ".join(map(repr, allowed)))
+
+    @property
+    def scope(self) -> Scope:
+        """What is reduced on its own: every crop, every image, or all visual tokens of a prompt together."""
+        return "image"
+
+    @property
+    def is_identity(self) -> bool:
+        return isinstance(self.keep, float) and self.keep == 1.0
+
+    def check(self, family: Any) -> None:
+        if self.positions == "repack" and family.mrope:
+            raise MethodError(
+                f"{self.id}: positions='repack' has no meaning on {family.name}, whose positions are grid coordinates; "
+                "use positions='keep' or 'auto'"
+            )
+        if self.newline == "rank" and any(probe.signal.startswith("vision") for probe in self.probes(family)):
+            raise MethodError(
+                f"{self.id}: newline='rank' needs a score for newline tokens, which the vision tower never saw; "
+                "use 'drop', 'keep_per_row' or 'per_kept_row'"
+            )
+        for cut in self.cuts(family):
+            if cut.hide and self.repacks(family):
+                raise MethodError(
+                    f"{self.id}: positions='repack' cannot renumber tokens that stay in the sequence and are only "
+                    "hidden; use positions='keep'"
+                )
+
+    def repacks(self, family: Any) -> bool:
+        """Whether survivors are renumbered on this model."""
+        return self.positions == "repack" or (self.positions == "auto" and not family.mrope)
 
     def cuts(self, family: Any) -> list[Cut]:
-        """Where and how far the prompt shrinks, by ascending layer. Default: once, before the decoder."""
-        self._require(self.keep is not None, "keep", "given: a token count or a share in (0, 1]")
-        assert self.keep is not None
+        """Where and how far the prompt shrinks; past the last layer is nowhere. Default: once, before the decoder."""
+        self._require(self.keep is not None, "keep", "a token count or a share in (0, 1]; give one")
         return [Cut(0, self.keep)]
 
     def probes(self, family: Any) -> list[Probe]:
         """Signals the selection needs."""
         return []
+
+    def count(self, share: float, num_tokens: int) -> int:
+        """Tokens that a share of ``num_tokens`` means: rounded down, at least 1. Override to round otherwise."""
+        # 0.29 * 100 is 28.999... in binary; the user means 29.
+        return max(1, math.floor(share * num_tokens + 1e-9))
+
+    def split(self, keep: int, sizes: Sequence[int]) -> list[int]:
+        """
+        Tokens kept of every crop of an image, when the method reduces crops and an image is to keep ``keep``.
+
+        Default: even, the remainder going to the first crops; what a crop cannot use goes to the others, so that
+        exactly ``min(keep, sum(sizes))`` tokens stay.
+        """
+        quotas = [0] * len(sizes)
+        left = min(keep, sum(sizes))
+        while left:
+            hungry = [i for i, size in enumerate(sizes) if quotas[i] < size]
+            share, extra = divmod(left, len(hungry))
+            for rank, i in enumerate(hungry):
+                given = min(share + (rank < extra), sizes[i] - quotas[i])
+                quotas[i] += given
+                left -= given
+        return quotas
 
     def select(self, tokens: TokenGroup) -> Tensor:
         """
@@ -141,11 +233,56 @@ class ReductionMethod(Method):
         Returns
         -------
         Tensor
-            ``[G, K]`` long, local indices in ``[0, V)``, in the order in which the decoder shall see them (ascending:
-            raster order), unique within a group.
+            ``[G, K]`` long, local indices in ``[0, V)``, unique within a group, in the order in which the decoder shall
+            see them (ascending is raster order). A group that keeps fewer ends in fillers of -1. Where a token is to
+            stand for several dropped ones, it takes the slot of one of them, and :meth:`merge` gives it its state.
         """
         raise NotImplementedError
 
     def merge(self, tokens: TokenGroup, index: Tensor) -> Tensor | None:
-        """New states ``[G, K, D]`` of the kept tokens, or None when they keep their own."""
+        """
+        New states of the kept tokens.
+
+        Parameters
+        ----------
+        tokens
+            As given to :meth:`select`.
+        index
+            Its answer, ``[G, K]``; -1 for fillers, whose states are ignored.
+
+        Returns
+        -------
+        Tensor or None
+            ``[G, K, D]``, or None when the tokens keep their own states. Positions and deepstack features stay those of
+            the slot.
+        """
         return None
+
+
+@dataclass(frozen=True)
+class CropwiseMethod(ReductionMethod):
+    """
+    A reducer that treats every crop (tile, frame) on its own, as methods that score inside the vision tower do.
+
+    Papers on any-resolution models count tokens per crop ("2880 -> 320" is 64 in each of 5 crops); ``keep`` counts per
+    image unless ``keep_per='crop'``.
+    """
+
+    keep_per: Literal["image", "crop"] = setting(
+        "image",
+        help="What an integer keep counts: 'image' splits it evenly over the crops, remainder to the first; 'crop' "
+        "keeps that many of each crop, as the tables of papers on any-resolution models do.",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require(self.keep_per in ("image", "crop"), "keep_per", "'image' or 'crop'")
+
+    @property
+    def scope(self) -> Scope:
+        return "crop"
+
+    def split(self, keep: int, sizes: Sequence[int]) -> list[int]:
+        if self.keep_per == "crop":
+            return [min(keep, size) for size in sizes]
+        return super().split(keep, sizes)

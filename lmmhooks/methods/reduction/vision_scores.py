@@ -1,0 +1,42 @@
+"""What stands for "salient" in a vision tower: class-token attention, or attention received where there is none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lmmhooks.errors import MethodError
+from lmmhooks.methods.reduction.base import Probe, ReductionMethod
+
+__all__ = ["saliency_probe"]
+
+
+def saliency_probe(method: ReductionMethod, family: Any, layer: int | None) -> Probe:
+    """
+    The probe that ranks patches of this model.
+
+    Parameters
+    ----------
+    method
+        Who asks, for the error.
+    family
+        The model family.
+    layer
+        Vision layer, 0-based. None: `Family.feature_layer`; without a class token, the full-attention layer nearest to
+        it, the earlier one of two.
+
+    Raises
+    ------
+    MethodError
+        The tower has no such layer, or has no class token and attends inside windows there.
+    """
+    depth, whole = len(family.vision_layers), family.full_attention_vision_layers
+    if layer is not None and not 0 <= layer < depth:
+        raise MethodError(f"{method.id}: layer={layer} is not in the vision tower, which has layers 0 to {depth - 1}")
+    if family.has_cls:
+        return Probe("vision_cls", family.feature_layer if layer is None else layer)
+    if layer is None:
+        layer = min(whole, key=lambda i: (abs(i - family.feature_layer), i))
+    if layer not in whole:
+        listed = ", ".join(map(str, whole))
+        raise MethodError(f"{method.id}: vision layer {layer} attends inside windows; layers that see all: {listed}")
+    return Probe("vision_received", layer)
