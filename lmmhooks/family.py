@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from . import families
 from .errors import ModelError, closest
+from .inputs import ModelInputs
 from .vision import ImageTokens, VisionInputs
 
 __all__ = ["Family", "VisionInputs", "resolve", "supported", "uses_attention_interface"]
@@ -27,7 +28,7 @@ _TOWERS = ("vision_tower", "visual", "vision_model", "vision_encoder", "image_en
 _PROJECTORS = ("multi_modal_projector", "mm_projector", "connector", "aligner", "projector")
 
 
-class Family:
+class Family(ModelInputs):
     """
     The parts of one loaded model, and the geometry of its visual tokens.
 

@@ -24,7 +24,7 @@ from lmmhooks.engines.attention import AttentionEngine
 from lmmhooks.engines.state import PromptState
 from lmmhooks.errors import MethodError, PromptError
 from lmmhooks.family import Family, VisionInputs
-from lmmhooks.layout import build_layout
+from lmmhooks.layout import Layout, build_layout
 from lmmhooks.methods.attention.base import AttentionMethod
 from lmmhooks.methods.base import Method
 from lmmhooks.methods.decoding.base import DecodingMethod
@@ -64,6 +64,8 @@ class Runtime:
         """What vision probes read in the encoder call that is under way."""
         self.encoder_hook: Callable[[str, Callable[..., Any], dict[str, Any]], Any] | None = None
         """Runs the encoder instead of a plain call: decoding branches encode several variants of an image at once."""
+        self.prepared: tuple[Layout, list[VisionInputs]] | None = None
+        """Layout and encoder calls of the coming prompt, from an engine that made its rows itself."""
         self._states: WeakKeyDictionary[Cache, PromptState] = WeakKeyDictionary()
         self._marker: Any = None
 
@@ -258,7 +260,10 @@ class Runtime:
                 "model's processor returns them"
             )
         mask = _padding(state.attention_mask, state.num_queries)
-        layout = build_layout(state.input_ids, mask, self.family, state.vision)
+        if self.prepared is not None:
+            (layout, state.vision), self.prepared = self.prepared, None
+        else:
+            layout = build_layout(state.input_ids, mask, self.family, state.vision)
         state.read(layout, mask)
         state.next_position = _next_position(kwargs.get("position_ids"), layout)
 

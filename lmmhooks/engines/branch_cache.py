@@ -1,0 +1,122 @@
+"""A key/value cache whose rows are several branches of one batch, and what decode steps need to know of those rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache
+
+from lmmhooks.errors import PromptError
+
+__all__ = ["BranchCache"]
+
+
+class BranchCache(DynamicCache):
+    """
+    View of the cache that ``generate`` made, with the rows of branch j at ``[j * B, (j + 1) * B)``.
+
+    ``generate`` reorders, repeats and crops it as if it had B rows; every operation acts on all branches alike. Layers
+    are shared with the original cache, so a caller who holds that one sees the same keys and values.
+
+    Parameters
+    ----------
+    inner
+        The cache to view; dynamic.
+    num_branches
+        Blocks of rows.
+    mask
+        ``[num_branches * B, L]`` bool padding mask of the prompt, None when nothing is padded.
+    next_position
+        ``[..., num_branches * B]`` position of the first token after the prompt, axes first where there are several.
+
+    Raises
+    ------
+    PromptError
+        For a static cache, which has no room for branches.
+    """
+
+    def __init__(self, inner: Cache, num_branches: int, mask: Tensor | None, next_position: Tensor) -> None:
+        if inner.is_compileable:
+            raise PromptError(
+                f"decoding methods keep a block of rows per branch, for which {type(inner).__name__} has no room; "
+                "leave cache_implementation and past_key_values out, so that the default dynamic cache is used"
+            )
+        super().__init__(offloading=inner.offloading, offload_only_non_sliding=getattr(inner, "only_non_sliding", True))
+        self.layers = inner.layers
+        self.layer_class_to_replicate = inner.layer_class_to_replicate
+        self.num_branches = num_branches
+        self.mask = mask
+        self.next_position = next_position
+        self.prompt_length: int | None = None
+        """Entries of the first layer once the prompt was read: fewer than its tokens where a reducer acts there."""
+        self.on_select: Callable[[Tensor], None] | None = None
+        """Told which of the B rows go on, after the cache itself followed."""
+        self.on_crop: Callable[[int], None] | None = None
+        """Told how many entries went from the end."""
+
+    def prompt_read(self) -> None:
+        """The prompt is in the cache; what enters from now on continues it."""
+        self.prompt_length = self.get_seq_length()
+
+    def continuation(self, num_new: int) -> tuple[Tensor | None, Tensor]:
+        """
+        Mask and positions of a forward that continues the prompt.
+
+        Parameters
+        ----------
+        num_new
+            Tokens per row in the coming forward.
+
+        Returns
+        -------
+        mask
+            ``[num_branches * B, L + tokens so far + num_new]`` long, or None.
+        positions
+            ``[..., num_branches * B, num_new]``.
+        """
+        assert self.prompt_length is not None
+        grown = self.get_seq_length() - self.prompt_length
+        steps = torch.arange(grown, grown + num_new, device=self.next_position.device)
+        positions = self.next_position[..., None] + steps
+        if self.mask is None:
+            return None, positions
+        new = self.mask.new_ones(self.mask.shape[0], grown + num_new)
+        return torch.cat([self.mask, new], dim=1).long(), positions
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(self._in_every_branch(beam_idx))
+        self._follow(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(self._in_every_branch(indices))
+        self._follow(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        # Rows stay grouped by branch when each of them is repeated in place.
+        super().batch_repeat_interleave(repeats)
+        rows = torch.arange(self._num_rows, device=self.next_position.device)
+        self._follow(rows.repeat_interleave(repeats))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        before = self.get_seq_length()
+        super().crop(tokens_to_remove)
+        if self.on_crop is not None:
+            self.on_crop(before - self.get_seq_length())
+
+    @property
+    def _num_rows(self) -> int:
+        return self.next_position.shape[-1] // self.num_branches
+
+    def _in_every_branch(self, rows: Tensor) -> Tensor:
+        starts = torch.arange(self.num_branches, device=rows.device) * self._num_rows
+        return (starts[:, None] + rows.long()).flatten()
+
+    def _follow(self, rows: Tensor) -> None:
+        index = self._in_every_branch(rows).to(self.next_position.device)
+        self.next_position = self.next_position.index_select(-1, index)
+        if self.mask is not None:
+            self.mask = self.mask.index_select(0, index)
+        if self.on_select is not None:
+            self.on_select(rows)

@@ -1,0 +1,216 @@
+"""
+Images of decoding branches: all variants of an image go through the vision tower as one batch.
+
+``generate`` encodes images before its loop and drops the pixels, so variants are made at that moment. What is handed
+back to ``generate`` are the features of the images as given; those of the variants travel with them, as an attribute of
+the very object, until the prompt is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from lmmhooks.errors import MethodError
+from lmmhooks.methods.decoding.base import Branch, DecodingMethod
+from lmmhooks.vision import VisionInputs
+
+if TYPE_CHECKING:
+    from lmmhooks.engines.runtime import Runtime
+
+__all__ = ["BranchEncoder", "EncodedImages", "Entry", "entries_of", "image_generator", "with_entries"]
+
+#: Features of one image or tile: ``pooler_output`` first, then one tensor per deepstack layer.
+Entry = tuple[Tensor, ...]
+
+_RECORD = "_lmmhooks_branches"
+#: Arguments that may be lists and still run along the images.
+_PER_IMAGE = ("image_sizes", "image_sizes_videos", "batch_num_images")
+
+
+def entries_of(output: Any) -> list[Entry]:
+    """Features of an encoder output, entry by entry."""
+    pooled = output.pooler_output
+    if isinstance(pooled, Tensor) and pooled.ndim == 2:
+        pooled = [pooled]
+    layers = getattr(output, "deepstack_features", None) or []
+    return list(zip(pooled, *layers, strict=True))
+
+
+def with_entries(like: Any, entries: Sequence[Entry]) -> Any:
+    """An encoder output of the same type as ``like`` that holds these entries, and nothing else."""
+    features = [entry[0] for entry in entries]
+    pooled = like.pooler_output
+    fields: dict[str, Any] = {"pooler_output": features}
+    if isinstance(pooled, Tensor):
+        fields["pooler_output"] = torch.cat(features) if pooled.ndim == 2 else torch.stack(features)
+    if getattr(like, "deepstack_features", None) is not None:
+        fields["deepstack_features"] = [list(layer) for layer in zip(*(entry[1:] for entry in entries), strict=True)]
+    return type(like)(**fields)
+
+
+def image_generator(pixels: Tensor, branch: Branch, seed: int) -> torch.Generator:
+    """
+    Random numbers for one image of one branch, the same wherever and beside whatever the image is encoded.
+
+    Parameters
+    ----------
+    pixels
+        float32 pixels of the image, without padding.
+    branch
+        Two branches of a method draw different numbers.
+    seed
+        The method's.
+    """
+    digest = hashlib.blake2b(pixels.contiguous().cpu().numpy().tobytes(), digest_size=8)
+    digest.update(f"{branch.name}/{seed}".encode())
+    return torch.Generator().manual_seed(int.from_bytes(digest.digest(), "little"))
+
+
+@dataclass(eq=False)
+class EncodedImages:
+    """
+    One encoder call of a prompt, and the same call for the pixel variants of the branches.
+
+    Attributes
+    ----------
+    modality, encode, arguments
+        The call.
+    num_entries
+        Entries of the images as given.
+    probes
+        What vision probes read, variants included when they were encoded along.
+    joint
+        The call that encoded the variants; None while that is put off.
+    blocks
+        Per branch name, which block of entries of ``joint`` is the branch's; ``""`` for the images as given.
+    prompt_length
+        Tokens of the prompt when it was read first; tells generated tokens apart when there is no cache to count them.
+    """
+
+    modality: str
+    encode: Callable[..., Any]
+    arguments: dict[str, Any]
+    num_entries: int = 0
+    probes: dict[str, list[Tensor]] = field(default_factory=dict)
+    joint: VisionInputs | None = None
+    blocks: dict[str, int] = field(default_factory=dict)
+    prompt_length: int | None = None
+
+    def as_given(self, output: Any) -> VisionInputs:
+        """The call for the images as given, ``output`` being what it returned, beams expanded or not."""
+        vision = VisionInputs(self.modality, self.arguments, output, probes=self.probes)
+        vision.num_entries = self.num_entries
+        return vision
+
+    def block(self, branch: str) -> list[Entry]:
+        """Features of the images in a branch, before any beam expansion."""
+        assert self.joint is not None
+        start = self.blocks[branch] * self.num_entries
+        return entries_of(self.joint.output)[start : start + self.num_entries]
+
+
+class BranchEncoder:
+    """
+    Encodes images together with their variants.
+
+    Parameters
+    ----------
+    runtime
+        Of the wrapped model.
+    method
+        Makes the pixels of the variants.
+    branches
+        Beside the main one.
+    put_off
+        Encode variants only when `ensure_variants` asks for them.
+    """
+
+    def __init__(self, runtime: Runtime, method: DecodingMethod, branches: Sequence[Branch], put_off: bool) -> None:
+        self.runtime = runtime
+        self.method = method
+        self.variants = [branch for branch in branches if branch.image == "pixels"]
+        self.put_off = put_off
+        # Branches that show the images as given take part in a put-off call as well, so that one call has them all.
+        self.shows_given = not put_off or any(branch.image == "same" for branch in branches)
+        self.ready: dict[str, Any] = {}
+        """What the next encoder calls are to return: how stacked features enter models that encode in their forward."""
+
+    def __call__(self, modality: str, encode: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+        """Stands in for the encoder; see `Runtime.encoder_hook`."""
+        if modality in self.ready:
+            return self.ready.pop(modality)
+        record = EncodedImages(modality, encode, {**arguments, "return_dict": True})
+        if self.variants and not self.put_off:
+            self._encode_variants(record)
+            assert record.joint is not None
+            output = with_entries(record.joint.output, record.block(""))
+        else:
+            output = encode(**record.arguments)
+            record.num_entries = len(entries_of(output))
+        setattr(output, _RECORD, record)
+        return output
+
+    def record_of(self, output: Any) -> EncodedImages | None:
+        """What was noted when ``output`` was encoded; None if that did not happen under this patch."""
+        record: EncodedImages | None = getattr(output, _RECORD, None)
+        if record is not None:
+            seen = next((vision for vision in self.runtime.encoded if vision.output is output), None)
+            if seen is not None:
+                record.probes = seen.probes
+                if record.joint is not None:
+                    record.joint.probes = seen.probes
+        return record
+
+    def ensure_variants(self, record: EncodedImages) -> None:
+        """Encode the variants if that was put off."""
+        if self.variants and record.joint is None:
+            self.runtime.readings = {}
+            self._encode_variants(record)
+            assert record.joint is not None
+            record.joint.probes = self.runtime.readings
+
+    def _encode_variants(self, record: EncodedImages) -> None:
+        names = [""] if self.shows_given else []
+        calls = [record.arguments] if self.shows_given else []
+        for branch in self.variants:
+            names.append(branch.name)
+            calls.append(self._transformed(record, branch))
+        merged = _merge(calls)
+        output = record.encode(**merged)
+        record.joint = VisionInputs(record.modality, merged, output)
+        record.blocks = {name: block for block, name in enumerate(names)}
+        record.num_entries = record.joint.num_entries // len(calls)
+
+    def _transformed(self, record: EncodedImages, branch: Branch) -> dict[str, Any]:
+        """Arguments of the call with the pixels of a branch."""
+        family, method = self.runtime.family, self.method
+        vision = VisionInputs(record.modality, record.arguments, BaseModelOutputWithPooling(pooler_output=[]))
+        changed = []
+        for image in family.unpack_pixels(vision):
+            pixels = image.float()
+            out = method.transform_pixels(pixels, branch, image_generator(pixels, branch, getattr(method, "seed", 0)))
+            if out.shape != pixels.shape:
+                raise MethodError(
+                    f"{method.id}: branch {branch.name!r} turned pixels of shape {list(pixels.shape)} into "
+                    f"{list(out.shape)}; transform_pixels must keep the shape"
+                )
+            changed.append(out.to(image))
+        return {**record.arguments, vision.pixels_name: family.pack_pixels(changed, vision)}
+
+
+def _merge(calls: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One call with the images of all calls, in order."""
+    merged = dict(calls[0])
+    for name, value in merged.items():
+        if isinstance(value, Tensor):
+            merged[name] = torch.cat([call[name] for call in calls])
+        elif name in _PER_IMAGE and value is not None:
+            merged[name] = [item for call in calls for item in call[name]]
+    return merged

@@ -1,0 +1,387 @@
+"""Prompts of decoding branches: every branch's tokens, positions and features, stacked as rows of one batch."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lmmhooks.compat import takes_encoder_outputs
+from lmmhooks.engines.branch_vision import BranchEncoder, EncodedImages, Entry, entries_of, with_entries
+from lmmhooks.engines.runtime import ENCODERS
+from lmmhooks.errors import MethodError, PromptError
+from lmmhooks.layout import Layout, build_layout
+from lmmhooks.methods.decoding.base import Branch, DecodingMethod
+from lmmhooks.vision import PIXELS, VisionInputs
+
+if TYPE_CHECKING:
+    from lmmhooks.engines.runtime import Runtime
+
+__all__ = ["PromptStacker", "StackedPrompt"]
+
+#: Arguments of a forward that run along the tokens of the prompt and are built anew here.
+_REBUILT = (
+    "input_ids",
+    "attention_mask",
+    "position_ids",
+    "mm_token_type_ids",
+    "second_per_grid_ts",
+    "mm_encoder_outputs",
+)
+
+
+@dataclass(eq=False)
+class StackedPrompt:
+    """
+    Arguments of the forward that reads a prompt in several branches, and what goes with them.
+
+    Attributes
+    ----------
+    kwargs
+        For ``model(**kwargs)``; without cache.
+    mask
+        ``[N * B, L]`` bool, None when nothing is padded.
+    next_position
+        ``[..., N * B]`` position of the first token after the prompt.
+    layout, vision
+        Of the stacked rows.
+    """
+
+    kwargs: dict[str, Any]
+    mask: Tensor | None
+    next_position: Tensor
+    layout: Layout
+    vision: list[VisionInputs]
+
+
+@dataclass(eq=False)
+class _Reading:
+    """One branch: ``[B, L]`` tokens and mask, ``[..., B, L]`` positions, layout, features in row order by modality."""
+
+    input_ids: Tensor
+    mask: Tensor
+    positions: Tensor
+    layout: Layout
+    entries: dict[str, list[Entry]]
+
+
+class PromptStacker:
+    """Builds the rows of all branches of a prompt from the arguments of one forward."""
+
+    def __init__(
+        self, runtime: Runtime, method: DecodingMethod, branches: Sequence[Branch], encoder: BranchEncoder
+    ) -> None:
+        self.runtime = runtime
+        self.family = runtime.family
+        self.method = method
+        self.branches = list(branches)
+        self.encoder = encoder
+        self.same_tokens = all(branch.same_tokens for branch in branches)
+        self._in_kwargs = takes_encoder_outputs(self.family.model)
+
+    # -- images --------------------------------------------------------------------------------------------------------
+
+    def encode(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """
+        Arguments of a forward with its images encoded, as ``generate`` does before its loop.
+
+        The features are in ``mm_encoder_outputs``, whether the model's forward knows that argument or not: `hand_over`
+        sees to that.
+        """
+        outputs = dict(kwargs.get("mm_encoder_outputs") or {})
+        taken: set[str] = set()
+        for modality, name in ENCODERS.items():
+            encoder = getattr(self.family.core, name, None)
+            if encoder is None:
+                continue
+            names = {*inspect.signature(encoder).parameters, "image_sizes"} - {"kwargs"}
+            arguments = {key: kwargs[key] for key in names if kwargs.get(key) is not None}
+            taken.update(names & kwargs.keys())
+            if PIXELS[modality] in arguments:
+                outputs[modality] = encoder(**arguments, return_dict=True)
+        left = {key: value for key, value in kwargs.items() if key not in taken}
+        return {**left, "mm_encoder_outputs": outputs}
+
+    def hand_over(self, kwargs: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+        """Arguments the model's forward takes: features if it knows them, else pixels, and features when it encodes."""
+        outputs = kwargs.pop("mm_encoder_outputs", None) or {}
+        if self._in_kwargs:
+            return {**kwargs, "mm_encoder_outputs": outputs} if outputs else kwargs
+        self.encoder.ready = dict(outputs)
+        missing = {key: value for key, value in given.items() if key not in kwargs and key not in _REBUILT}
+        return {**kwargs, **missing} if outputs else kwargs
+
+    # -- rows ----------------------------------------------------------------------------------------------------------
+
+    def stack(self, kwargs: dict[str, Any], with_main: bool) -> StackedPrompt:
+        """
+        Read the arguments of a forward in every branch.
+
+        Parameters
+        ----------
+        kwargs
+            From `encode`.
+        with_main
+            Whether the main branch is among the rows, as the first block.
+
+        Raises
+        ------
+        PromptError
+            Inputs that some branch cannot be made from.
+        """
+        input_ids, mask = _tokens(kwargs)
+        outputs: dict[str, Any] = kwargs["mm_encoder_outputs"]
+        records = {modality: self._record(modality, output) for modality, output in outputs.items()}
+        texts = self._texts(input_ids, mask)
+        visions = {
+            modality: record.as_given(outputs[modality]) if record else VisionInputs(modality, {}, outputs[modality])
+            for modality, record in records.items()
+        }
+        layout = build_layout(*texts[0], self.family, list(visions.values()))
+        self._check_images(layout, texts[0][0])
+        main = _Reading(
+            *texts[0],
+            self._main_positions(kwargs, mask, texts[0], layout, visions),
+            layout,
+            {modality: entries_of(output) for modality, output in outputs.items()},
+        )
+        readings = [main] if with_main else []
+        for branch, text in zip(self.branches, texts[1:], strict=True):
+            readings.append(self._read(branch, main, text, kwargs, records, visions))
+        return self._join(kwargs, readings, outputs, records, visions)
+
+    def _record(self, modality: str, output: Any) -> EncodedImages | None:
+        record = self.encoder.record_of(output)
+        if record is not None:
+            self.encoder.ensure_variants(record)
+        elif self.encoder.variants:
+            raise PromptError(
+                f"{modality} features were encoded before {self.method.id} was attached, so the pixels of its branches "
+                "are not known; pass pixel_values instead of mm_encoder_outputs"
+            )
+        return record
+
+    def _texts(self, input_ids: Tensor, mask: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Tokens and mask of every branch, main first; all of one length, padded on the left if they differ."""
+        if self.same_tokens:
+            # As given, so that the columns of the caller stay what they are, padding on the right included.
+            return [(input_ids, mask)] * (1 + len(self.branches))
+        rows = [ids[valid] for ids, valid in zip(input_ids, mask, strict=True)]
+        edited = [rows, *([self._edit(row, branch) for row in rows] for branch in self.branches)]
+        length = max(len(row) for block in edited for row in block)
+        return [
+            (_left_pad(block, length), _left_pad([torch.ones_like(r) for r in block], length).bool())
+            for block in edited
+        ]
+
+    def _edit(self, row: Tensor, branch: Branch) -> Tensor:
+        if branch.same_tokens:
+            return row
+        visual = torch.tensor(self.family.visual_ids, device=row.device)
+        out = row[~torch.isin(row, visual)] if branch.image == "none" else row
+        if branch.text == "edited":
+            out = self.method.edit_tokens(out, branch, self.family)
+        if not len(out):
+            raise PromptError(
+                f"{self.method.id}: nothing is left of a prompt of {len(row)} tokens in branch {branch.name!r}; "
+                "the prompt needs text beside its images"
+            )
+        return out
+
+    def _check_images(self, layout: Layout, input_ids: Tensor) -> None:
+        if not layout.spans and bool((input_ids == self.family.image_token_id).any()):
+            raise PromptError(
+                "the prompt has image tokens but no image was given; pass pixel_values beside input_ids, as the "
+                "model's processor returns them"
+            )
+        if not self.encoder.variants:
+            return
+        bare = sorted(set(range(layout.batch)) - {span.sample for span in layout.spans if len(span)})
+        if bare:
+            raise PromptError(
+                f"{self.method.id} contrasts images, but row {bare[0]} of {layout.batch} has none; "
+                "give every prompt an image, or run text-only prompts inside patch.disabled()"
+            )
+
+    def _main_positions(
+        self,
+        kwargs: dict[str, Any],
+        mask: Tensor,
+        text: tuple[Tensor, Tensor],
+        layout: Layout,
+        visions: Mapping[str, VisionInputs],
+    ) -> Tensor:
+        given = kwargs.get("position_ids")
+        if given is None:
+            return self.family.position_ids(*text, **_grids(kwargs, layout, visions))
+        given = given.expand(*given.shape[:-2], *mask.shape)
+        if self.family.mrope and given.ndim == 2:
+            given = given.expand(4, -1, -1)
+        elif self.family.mrope and given.shape[0] == 3:
+            given = torch.cat([(mask.long().cumsum(dim=1) - 1).clamp(min=0)[None].to(given), given])
+        if self.same_tokens:
+            return given
+        rows = [given[..., row, :][..., valid] for row, valid in enumerate(mask)]
+        length = text[0].shape[1]
+        padded = [torch.nn.functional.pad(row, (length - row.shape[-1], 0)) for row in rows]
+        return torch.stack(padded, dim=-2)
+
+    def _read(
+        self,
+        branch: Branch,
+        main: _Reading,
+        text: tuple[Tensor, Tensor],
+        kwargs: Mapping[str, Any],
+        records: Mapping[str, EncodedImages | None],
+        visions: Mapping[str, VisionInputs],
+    ) -> _Reading:
+        if branch.image == "none":
+            layout = build_layout(*text, self.family, [])
+            return _Reading(*text, self.family.position_ids(*text), layout, {})
+        layout, positions = main.layout, main.positions
+        if not branch.same_tokens:
+            if int((text[0][text[1]] == self.family.image_token_id).sum()) != int(
+                (main.input_ids[main.mask] == self.family.image_token_id).sum()
+            ):
+                raise MethodError(
+                    f"{self.method.id}: edit_tokens changed the number of visual tokens in branch {branch.name!r}; "
+                    "only text may be edited in a branch with an image"
+                )
+            layout = build_layout(*text, self.family, list(visions.values()))
+            positions = self.family.position_ids(*text, **_grids(kwargs, layout, visions))
+        entries = dict(main.entries)
+        if branch.image == "pixels":
+            for modality, record in records.items():
+                assert record is not None
+                block = record.block(branch.name)
+                entries[modality] = [block[i] for i in _row_order(main.layout, modality, visions[modality])]
+        return _Reading(*text, positions, layout, entries)
+
+    def _join(
+        self,
+        kwargs: dict[str, Any],
+        readings: Sequence[_Reading],
+        outputs: Mapping[str, Any],
+        records: Mapping[str, EncodedImages | None],
+        visions: Mapping[str, VisionInputs],
+    ) -> StackedPrompt:
+        mask = torch.cat([reading.mask for reading in readings])
+        padded = None if bool(mask.all()) else mask
+        positions = torch.cat([reading.positions for reading in readings], dim=-2)
+        stacked = {
+            modality: with_entries(outputs[modality], entries)
+            for modality in outputs
+            if (entries := [entry for reading in readings for entry in reading.entries.get(modality, [])])
+        }
+        joined = {
+            "input_ids": torch.cat([reading.input_ids for reading in readings]),
+            "attention_mask": None if padded is None else padded.long(),
+            "position_ids": positions,
+            "mm_encoder_outputs": stacked,
+        }
+        rest = {key: value for key, value in kwargs.items() if key not in _REBUILT}
+        if rest.get("token_type_ids") is not None:
+            rest["token_type_ids"] = self._repeat_types(rest["token_type_ids"], len(readings))
+        layouts, joint = self._place(readings, records, visions)
+        return StackedPrompt({**rest, **joined}, padded, _after(positions, mask), Layout.stack(layouts), joint)
+
+    def _repeat_types(self, types: Tensor, times: int) -> Tensor:
+        if not self.same_tokens:
+            raise PromptError(
+                f"{self.method.id} changes the tokens of a prompt, but the model wants token_type_ids, which cannot be "
+                "changed with them; use a method whose branches read the same tokens"
+            )
+        return types.repeat(times, 1)
+
+    def _place(
+        self,
+        readings: Sequence[_Reading],
+        records: Mapping[str, EncodedImages | None],
+        visions: Mapping[str, VisionInputs],
+    ) -> tuple[list[Layout], list[VisionInputs]]:
+        """Layouts whose sources count the images of one encoder call for all branches, and those calls."""
+        layouts = [reading.layout for reading in readings]
+        if not self.encoder.variants:
+            return layouts, list(visions.values())
+        joint = []
+        names = [branch.name if branch.image == "pixels" else "" for branch in self.branches]
+        names = ["", *names] if len(readings) > len(names) else names
+        for modality, record in records.items():
+            assert record is not None
+            assert record.joint is not None
+            images = visions[modality].entries_per_image or ()
+            record.joint.entries_per_image = images * len(record.blocks)
+            joint.append(record.joint)
+            for row, name in enumerate(names):
+                shift = record.blocks.get(name, 0) * len(images)
+                layouts[row] = _shift_sources(layouts[row], modality, shift)
+        return layouts, joint
+
+
+def _tokens(kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """``[B, N]`` tokens and bool mask of a forward that reads a prompt."""
+    input_ids = kwargs.get("input_ids")
+    if input_ids is None:
+        raise PromptError(
+            "the prompt was given as inputs_embeds, from which no other branch can be made; pass input_ids and pixels"
+        )
+    mask = kwargs.get("attention_mask")
+    if mask is None:
+        return input_ids, torch.ones_like(input_ids, dtype=torch.bool)
+    if not isinstance(mask, Tensor) or mask.shape != input_ids.shape:
+        shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise PromptError(
+            f"attention_mask is {shape}; decoding methods need [batch, length] = {list(input_ids.shape)}, 0 for padding"
+        )
+    return input_ids, mask.bool()
+
+
+def _left_pad(rows: Sequence[Tensor], length: int) -> Tensor:
+    return torch.stack([torch.nn.functional.pad(row, (length - len(row), 0)) for row in rows])
+
+
+def _grids(kwargs: Mapping[str, Any], layout: Layout, visions: Mapping[str, VisionInputs]) -> dict[str, Tensor]:
+    """What positions of images depend on, one row per image of ``layout``, beam copies included."""
+    grids = {}
+    for modality, vision in visions.items():
+        name = f"{modality}_grid_thw"
+        if vision.kwargs.get(name) is not None:
+            sources = [span.source for span in _in_row_order(layout, modality)]
+            grids[name] = vision.kwargs[name][sources]
+    if kwargs.get("second_per_grid_ts") is not None:
+        grids["second_per_grid_ts"] = kwargs["second_per_grid_ts"]
+    return grids
+
+
+def _in_row_order(layout: Layout, modality: str) -> list[Any]:
+    # Sources ascend within a row, whereas an image that is masked away has no position to sort by.
+    spans = [span for span in layout.spans if span.modality == modality]
+    return sorted(spans, key=lambda span: (span.sample, span.source))
+
+
+def _row_order(layout: Layout, modality: str, vision: VisionInputs) -> list[int]:
+    """Entry of every image of every row, counted before beam expansion."""
+    sizes = vision.entries_per_image or ()
+    starts = [sum(sizes[:image]) for image in range(len(sizes))]
+    return [
+        starts[span.source] + offset for span in _in_row_order(layout, modality) for offset in range(sizes[span.source])
+    ]
+
+
+def _shift_sources(layout: Layout, modality: str, shift: int) -> Layout:
+    if not shift:
+        return layout
+    spans = (replace(s, source=s.source + shift) if s.modality == modality else s for s in layout.spans)
+    return Layout(layout.segment, tuple(spans))
+
+
+def _after(positions: Tensor, mask: Tensor) -> Tensor:
+    """``[..., B]`` position of the token after the prompt; a common one for the axes of an image."""
+    last = positions.masked_fill(~mask, -1).amax(dim=-1)
+    if last.ndim == 2:
+        last = torch.cat([last[:1], last[1:].amax(dim=0, keepdim=True).expand(3, -1)])
+    return last + 1

@@ -1,0 +1,293 @@
+"""
+Runs decoding methods: branches stacked as rows of one forward per step, their logits combined before ``generate`` sees
+them.
+
+A pre-hook of the model turns B rows into N * B (branch-major: branch j is the block ``[j * B, (j + 1) * B)``), a hook
+combines the logits to B rows and hands them back. Greedy search, sampling, beams, processors, streamers and stopping
+criteria of ``generate`` work on the combined logits without knowing; attention edits and reductions below see a batch
+of N * B rows without knowing either.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from lmmhooks.engines.attach import Attachments
+from lmmhooks.engines.branch_cache import BranchCache
+from lmmhooks.engines.branch_vision import BranchEncoder
+from lmmhooks.engines.branches import PromptStacker, StackedPrompt
+from lmmhooks.engines.lazy_branches import LazyBranches
+from lmmhooks.errors import MethodError, PromptError
+from lmmhooks.methods.decoding.base import DecodingMethod
+
+if TYPE_CHECKING:
+    from lmmhooks.engines.runtime import Runtime
+
+__all__ = ["BranchEngine"]
+
+
+@dataclass(eq=False)
+class _Call:
+    """One forward of the caller: its rows, and how its output is to be read."""
+
+    rows: int
+    blocks: int = 1
+    cache: BranchCache | None = None
+    lazy: LazyBranches | None = None
+    logits_to_keep: Any = 0
+    as_tuple: bool = False
+    generated: int | None = None
+    """Generated tokens in the prompt of a forward without cache."""
+
+
+class BranchEngine:
+    """
+    Attaches one decoding method to a model.
+
+    Parameters
+    ----------
+    runtime
+        Of the wrapped model.
+    methods
+        Exactly one.
+
+    Raises
+    ------
+    MethodError
+        For several methods, which would all define the next-token logits.
+    """
+
+    def __init__(self, runtime: Runtime, methods: Sequence[DecodingMethod]) -> None:
+        if len(methods) != 1:
+            names = ", ".join(method.id for method in methods) or "none"
+            raise MethodError(f"one decoding method can act on a model at a time, given: {names}; remove the others")
+        self.runtime = runtime
+        self.family = runtime.family
+        self.method = methods[0]
+        self.branches = self.method.branches(self.family)
+        self.lazy = self.method.lazy and bool(self.branches)
+        self.encoder = BranchEncoder(runtime, self.method, self.branches, put_off=self.lazy)
+        self.stacker = PromptStacker(runtime, self.method, self.branches, self.encoder)
+        self._names = list(inspect.signature(self.family.model.forward).parameters)
+        self._call: _Call | None = None
+        self._inside = False
+
+    def attach(self, attachments: Attachments) -> None:
+        """Hook the model; must come before the hooks that follow prompts, which are to see the stacked rows."""
+        if self.branches:
+            attachments.attribute(self.runtime, "encoder_hook", self.encoder, "encoder of the branches")
+        attachments.pre_hook(self.family.model, self._enter, "branches of the model")
+        attachments.hook(self.family.model, self._leave, "branches of the model", always=True)
+
+    # -- before the forward --------------------------------------------------------------------------------------------
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._inside:
+            return None
+        kwargs = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        if kwargs.get("labels") is not None:
+            raise PromptError(
+                f"labels were given, but {self.method.id} defines next-token logits for generation and has no training "
+                "loss; leave labels out, or run inside patch.disabled()"
+            )
+        new = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
+        if new is None:
+            raise PromptError("the model was called without input_ids; pass the inputs of its processor")
+        returns_dict = kwargs.get("return_dict")
+        call = _Call(
+            rows=int(new.shape[0]),
+            logits_to_keep=kwargs.get("logits_to_keep", 0),
+            as_tuple=not (self.family.model.config.return_dict if returns_dict is None else returns_dict),
+        )
+        kwargs["return_dict"] = True
+        cache = kwargs.get("past_key_values")
+        if not self.branches:
+            pass
+        elif cache is not None and cache.get_seq_length():
+            kwargs = self._continue(call, cache, kwargs)
+        else:
+            kwargs = self._begin(call, kwargs)
+        self._call = call
+        return (), kwargs
+
+    def _begin(self, call: _Call, given: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of the forward that reads the prompt."""
+        kwargs = self.stacker.encode(given)
+        if self.lazy:
+            call.lazy = LazyBranches(kwargs, call.rows, self._read_lazily, self._continue_lazily)
+            call.generated = self._generated(kwargs)
+            caching = self._caches(kwargs)
+            if caching:
+                call.cache = self._main_cache(kwargs, call.lazy)
+                kwargs = {**kwargs, "past_key_values": call.cache}
+            return self.stacker.hand_over(kwargs, given)
+        stacked = self.stacker.stack(kwargs, with_main=True)
+        call.generated = self._generated(kwargs)
+        call.blocks = 1 + len(self.branches)
+        return self._prompt_forward(call, stacked, given)
+
+    def _prompt_forward(self, call: _Call, stacked: StackedPrompt, given: dict[str, Any]) -> dict[str, Any]:
+        kwargs = stacked.kwargs
+        if self._caches(kwargs):
+            inner = kwargs.get("past_key_values")
+            inner = DynamicCache(config=self.family.text_config) if inner is None else inner
+            call.cache = BranchCache(inner, call.blocks, stacked.mask, stacked.next_position)
+            kwargs["past_key_values"] = call.cache
+        if not self.stacker.same_tokens:
+            # Only the last position is the same place in prompts of different lengths.
+            if isinstance(call.logits_to_keep, Tensor) or call.logits_to_keep > 1:
+                raise PromptError(
+                    f"logits_to_keep={call.logits_to_keep!r} asks for several positions of a prompt that "
+                    f"{self.method.id} reads in different lengths; only the last one can be combined: leave it out"
+                )
+            kwargs["logits_to_keep"] = 1
+        self.runtime.prepared = (stacked.layout, stacked.vision)
+        return self.stacker.hand_over(kwargs, given)
+
+    def _continue(self, call: _Call, cache: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of a forward that continues a prompt."""
+        if not isinstance(cache, BranchCache):
+            raise PromptError(
+                f"the cache holds {cache.get_seq_length()} tokens that were not read under {self.method.id}; "
+                "run the whole prompt under the patch, or start from an empty cache"
+            )
+        call.cache = cache
+        if self.lazy:
+            call.lazy = getattr(cache.on_crop, "__self__", None)
+            assert call.lazy is not None
+            call.lazy.push(kwargs["input_ids"])
+            return kwargs
+        call.blocks = cache.num_branches
+        return {**kwargs, **self._continuation(cache, kwargs)}
+
+    def _continuation(self, cache: BranchCache, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Tokens, mask and positions of every branch's rows; those of the caller describe the main rows only."""
+        out = {
+            name: kwargs[name].repeat(cache.num_branches, *[1] * (kwargs[name].ndim - 1))
+            for name in ("input_ids", "inputs_embeds", "token_type_ids")
+            if kwargs.get(name) is not None
+        }
+        num_new = next(iter(out.values())).shape[1]
+        out["attention_mask"], out["position_ids"] = cache.continuation(num_new)
+        return {**out, "mm_token_type_ids": None} if "mm_token_type_ids" in kwargs else out
+
+    def _caches(self, kwargs: dict[str, Any]) -> bool:
+        wanted = kwargs.get("use_cache")
+        return bool(getattr(self.family.text_config, "use_cache", True) if wanted is None else wanted)
+
+    def _generated(self, kwargs: dict[str, Any]) -> int | None:
+        """Generated tokens in a prompt that is read again at every step because there is no cache."""
+        if self._caches(kwargs):
+            return None
+        length = int(kwargs["input_ids"].shape[1])
+        for output in kwargs["mm_encoder_outputs"].values():
+            record = self.encoder.record_of(output)
+            if record is not None:
+                record.prompt_length = record.prompt_length or length
+                return length - record.prompt_length
+        return 0
+
+    # -- branches on demand --------------------------------------------------------------------------------------------
+
+    def _main_cache(self, kwargs: dict[str, Any], lazy: LazyBranches) -> BranchCache:
+        inner = kwargs.get("past_key_values")
+        inner = DynamicCache(config=self.family.text_config) if inner is None else inner
+        rows = torch.zeros(kwargs["input_ids"].shape[0], dtype=torch.long, device=kwargs["input_ids"].device)
+        # Mask and positions of main rows are the caller's; this cache only tells the branches what happens to the rows.
+        cache = BranchCache(inner, 1, None, rows)
+        cache.on_select, cache.on_crop = lazy.select, lazy.crop
+        return cache
+
+    def _read_lazily(self, prompt: dict[str, Any], logits_to_keep: Any) -> tuple[Tensor, BranchCache]:
+        stacked = self.stacker.stack({**prompt, "past_key_values": None, "use_cache": True}, with_main=False)
+        call = _Call(rows=0, blocks=len(self.branches), logits_to_keep=logits_to_keep)
+        kwargs = self._prompt_forward(call, stacked, {})
+        kwargs["logits_to_keep"] = logits_to_keep if self.stacker.same_tokens else 1
+        logits = self._run(kwargs)
+        assert call.cache is not None
+        call.cache.prompt_read()
+        return logits, call.cache
+
+    def _continue_lazily(self, tokens: Tensor, cache: BranchCache, logits_to_keep: Any) -> tuple[Tensor, BranchCache]:
+        kwargs = self._continuation(cache, {"input_ids": tokens})
+        return self._run({**kwargs, "past_key_values": cache, "logits_to_keep": logits_to_keep}), cache
+
+    def _run(self, kwargs: dict[str, Any]) -> Tensor:
+        """A forward of the branch rows alone, inside the forward of the caller."""
+        newest = self.runtime.last
+        self._inside = True
+        try:
+            logits: Tensor = self.family.model(**{**kwargs, "use_cache": True, "return_dict": True}).logits
+        finally:
+            self._inside = False
+            self.runtime.last = newest
+        return logits.float()
+
+    # -- after the forward ---------------------------------------------------------------------------------------------
+
+    def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        if self._inside:
+            return None
+        call, self._call = self._call, None
+        self.runtime.prepared = None
+        self.encoder.ready.clear()
+        if call is None or output is None:  # the forward failed
+            return None
+        if call.cache is not None and call.cache.prompt_length is None:
+            call.cache.prompt_read()
+        state = self.runtime.last
+        assert state is not None
+        state.branches = 1 + len(self.branches)
+        logits = output.logits.float().unflatten(0, (call.blocks, call.rows))
+        main, others = logits[0], list(logits[1:])
+        grown = state.grown if call.generated is None else call.generated
+        if call.lazy is None:
+            combined = self._combine(main, others, grown)
+            state.branch_steps = 1.0
+        else:
+            combined = self._combine_lazily(call, call.lazy, main, grown)
+            state.branch_steps = call.lazy.steps_run / call.lazy.steps
+        result = self._main_rows(output, combined, call)
+        return result.to_tuple() if call.as_tuple else result
+
+    def _combine(self, main: Tensor, others: Sequence[Tensor], grown: int) -> Tensor:
+        """``[B, k, vocabulary]``; the last of the k positions predicts generated token number ``grown``."""
+        num = main.shape[1]
+        steps = [max(grown - (num - 1 - i), 0) for i in range(num)]
+        return torch.stack(
+            [self.method.combine(main[:, i], [other[:, i] for other in others], step) for i, step in enumerate(steps)],
+            dim=1,
+        )
+
+    def _combine_lazily(self, call: _Call, lazy: LazyBranches, main: Tensor, grown: int) -> Tensor:
+        lazy.steps += 1
+        if main.shape[1] == 1:
+            keep = self.method.keep(main[:, 0])
+            if keep is not None and bool((keep.sum(dim=1) == 1).all()):
+                return main.masked_fill(~keep[:, None], -torch.inf)
+        caught_up = lazy.catch_up(call.logits_to_keep).unflatten(0, (len(self.branches), call.rows))
+        return self._combine(main, [branch[:, -main.shape[1] :] for branch in caught_up], grown)
+
+    def _main_rows(self, output: Any, logits: Tensor, call: _Call) -> Any:
+        """
+        The output with combined logits and the main rows of everything per row.
+
+        Features of images describe all branches and are left out.
+        """
+        fields = dict(output)
+        fields["logits"] = logits
+        for name, value in output.items():
+            if name in ("image_hidden_states", "video_hidden_states") and call.blocks > 1:
+                fields[name] = None
+            elif isinstance(value, tuple) and call.blocks > 1:
+                fields[name] = tuple(item[: call.rows] if isinstance(item, Tensor) else item for item in value)
+            elif name == "rope_deltas" and value is not None:
+                fields[name] = value[: call.rows]
+        return type(output)(**fields)
