@@ -1,0 +1,89 @@
+"""From what the command line says to a loaded model: device, data type, method compositions."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+
+from lmmhooks.bench.shapes import build_model
+from lmmhooks.errors import LmmhooksError, closest
+
+__all__ = ["load_target", "resolve_device", "resolve_dtype", "split_methods"]
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve_device(name: str | None) -> torch.device:
+    """
+    Choose the device: the one named, or the fastest there is.
+
+    Raises
+    ------
+    LmmhooksError
+        A name torch does not know, or a device that is not there.
+    """
+    if name is None:
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise LmmhooksError(f"device {name!r} cannot be used ({reason}); `lmmhooks doctor` lists devices") from None
+    return device
+
+
+def resolve_dtype(name: str | None, device: torch.device) -> torch.dtype:
+    """Choose the data type: the one named, or bfloat16 on an accelerator and float32 on CPU."""
+    if name is None:
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    if name not in _DTYPES:
+        raise LmmhooksError(f"dtype {name!r} is not one of {', '.join(_DTYPES)}{closest(name, _DTYPES)}")
+    return _DTYPES[name]
+
+
+def split_methods(text: str) -> list[str]:
+    """
+    Split a composition such as ``"fastv(keep=288) + var"`` into method specifications.
+
+    Raises
+    ------
+    LmmhooksError
+        An empty part.
+    """
+    # A plus inside parentheses belongs to a setting.
+    parts = [part.strip() for part in re.split(r"\+(?![^()]*\))", text)]
+    if not all(parts):
+        raise LmmhooksError(f"method {text!r} has an empty part; write one method, or several joined by ' + '")
+    return parts
+
+
+def load_target(
+    model: str | None,
+    config: str | None,
+    layers: int | None,
+    vision_layers: int | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    backend: str | None,
+) -> Any:
+    """
+    Build or load the model to measure.
+
+    Raises
+    ------
+    LmmhooksError
+        Layer counts for a model with weights; an unknown shape; whatever loading refuses.
+    """
+    if config is not None:
+        return build_model(config, layers, vision_layers, dtype, device, backend)
+    if layers is not None or vision_layers is not None:
+        raise LmmhooksError("--layers and --vision-layers scale a named shape (--config); a loaded model has its own")
+    from lmmhooks.loading import load
+
+    loaded, _ = load(str(model), dtype=dtype, device_map=str(device), attn_implementation=backend)
+    return loaded.eval()

@@ -1,0 +1,92 @@
+"""What there is, as plain data: methods and families described by their own code. Listings and README read this."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+from importlib.resources import files
+from typing import Any
+
+__all__ = ["describe_families", "describe_methods", "support_matrix"]
+
+
+def _first_sentence(text: str) -> str:
+    """First sentence of a docstring; families and methods put what they are there."""
+    paragraph = " ".join(inspect.cleandoc(text).split("\n\n")[0].split())
+    end = paragraph.find(". ")
+    return paragraph if end < 0 else paragraph[: end + 1]
+
+
+def describe_methods() -> dict[str, dict[str, Any]]:
+    """
+    Describe every method: kind, what it does, sources, settings with defaults and help, presets.
+
+    Returns
+    -------
+    dict
+        By id, in the order of kinds.
+    """
+    from lmmhooks.methods.registry import all_methods
+
+    described = {}
+    for name, cls in all_methods().items():
+        module = sys.modules[cls.__module__].__doc__ or cls.__doc__ or ""
+        described[name] = {
+            "kind": cls.kind,
+            "summary": _first_sentence(module),
+            "about": inspect.cleandoc(module),
+            "paper": cls.paper,
+            "code": cls.code,
+            "source": cls.__module__.replace(".", "/") + ".py",
+            "settings": {
+                key: {"default": _plain(each.default), "required": each.required, "help": each.help}
+                for key, each in cls.hyperparameters().items()
+            },
+            "measured_on_the_checkpoint": list(cls.calibrated),
+            "presets": {key: dict(value) for key, value in cls.presets.items()},
+            "conflicts": dict(cls.conflicts),
+        }
+    return described
+
+
+def describe_families() -> dict[str, dict[str, Any]]:
+    """
+    Describe every model type with a family module of its own.
+
+    Returns
+    -------
+    dict
+        By model type: the class that serves it and what is special about it.
+    """
+    from lmmhooks.family import supported
+
+    described = {}
+    for name, cls in sorted(supported().items()):
+        module = sys.modules[cls.__module__].__doc__ or cls.__doc__ or ""
+        described[name] = {
+            "summary": _first_sentence(module),
+            "about": inspect.cleandoc(module),
+            "source": cls.__module__.replace(".", "/") + ".py",
+        }
+    return described
+
+
+def support_matrix() -> dict[str, dict[str, Any]]:
+    """
+    Read which method ran on which family, as the conformance tests found it.
+
+    Returns
+    -------
+    dict
+        ``{method: {family: {situation: result}}}``; empty if the file was not generated.
+    """
+    file = files("lmmhooks") / "support.json"
+    if not file.is_file():
+        return {}
+    matrix: dict[str, dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))["methods"]
+    return matrix
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, (tuple, set, frozenset, range)) else value
