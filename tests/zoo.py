@@ -60,6 +60,9 @@ _TOWER: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_atten
 #: Any-resolution tiles of 16 x 16 pixels, up to 2 x 2 of them.
 _PINPOINTS = [[16, 32], [32, 16], [32, 32]]
 
+#: Inputs with one entry per row; the others have one per image, tile or patch.
+ROW_KEYS = ("input_ids", "attention_mask", "mm_token_type_ids")
+
 
 @dataclass
 class Media:
@@ -370,6 +373,24 @@ class Zoo:
             inputs["mm_token_type_ids"] = (input_ids == IMAGE).int() + 2 * (input_ids == VIDEO).int()
         dtype = self.model.dtype
         return {key: value.to(dtype) if value.is_floating_point() else value for key, value in inputs.items()}
+
+    def row(self, inputs: dict[str, Tensor], index: int) -> dict[str, Tensor]:
+        """One row of a batch with images as a prompt of its own, without its padding; videos are not cut."""
+        valid = inputs["attention_mask"][index].bool()
+        out = {key: inputs[key][index : index + 1, valid] for key in ROW_KEYS if key in inputs}
+        (call,) = encode(self, inputs)
+        ends = torch.tensor(call.lengths()).cumsum(0).tolist()
+        tokens = (inputs["input_ids"] == IMAGE).sum(dim=1).cumsum(0).tolist()
+        first, last = (ends.index(tokens[i]) + 1 if i >= 0 and tokens[i] else 0 for i in (index - 1, index))
+        for key, value in inputs.items():
+            if key == "pixel_values" and "image_grid_thw" in inputs:
+                patches = [0, *inputs["image_grid_thw"].prod(dim=1).cumsum(0).tolist()]
+                out[key] = value[patches[first] : patches[last]]
+            elif key == "batch_num_images":
+                out[key] = torch.tensor([last - first])
+            elif key not in ROW_KEYS:
+                out[key] = value[first:last]
+        return out
 
 
 def build(

@@ -1,0 +1,42 @@
+"""
+One row per method: the settings under which it runs on the tiny random models, and where it is refused by design.
+
+A new method adds its row here and inherits every test of this folder on every family.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+__all__ = ["ROWS", "Row"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """
+    Parameters
+    ----------
+    spec
+        Settings that act visibly on models of four layers with 64 channels and about 16 visual tokens per image.
+    changes
+        Whether logits of a prompt with an image must differ from the unpatched model; False: they must be equal.
+    refused
+        Family to a part of the reason for which wrap refuses it.
+    """
+
+    spec: str
+    changes: bool = True
+    refused: dict[str, str] = field(default_factory=dict)
+
+
+ROWS: dict[str, Row] = {
+    "attention-identity": Row("attention-identity", changes=False),
+    "var": Row("var(sink_dims='any', tau=2.6, rho=0.3)"),
+    "reduction-identity": Row("reduction-identity", changes=False),
+    "random": Row("random(keep=4)"),
+    "uniform-grid": Row("uniform-grid(keep=4)"),
+    "fastervlm": Row("fastervlm(keep=4)"),
+    "fastv": Row("fastv(keep=4)"),
+    "decoding-identity": Row("decoding-identity", changes=False),
+    "vcd": Row("vcd(beta=0.0)"),
+}

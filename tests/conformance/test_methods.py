@@ -1,0 +1,152 @@
+"""Every method on every family, in every way a prompt is run; writes the support matrix of the documentation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import lmmhooks
+from tests.conformance.table import ROWS
+from tests.zoo import FAMILIES, build
+
+# A batch pads its rows, which changes the order of summation and nothing else; largest difference seen is 8e-6.
+TOLERANCE = 5e-5
+MODES = ("prefill", "decode", "padded batch", "two images", "beams", "sampling")
+
+
+@pytest.fixture(scope="module")
+def models():
+    cache = {}
+    return lambda family: cache.setdefault(family, build(family))
+
+
+def cells():
+    for name, row in ROWS.items():
+        for family in FAMILIES:
+            yield pytest.param(name, row, family, id=f"{name}-{family}")
+
+
+def test_every_method_has_a_row():
+    assert set(ROWS) == set(lmmhooks.methods())
+
+
+def generate(model, inputs, **kwargs):
+    """New tokens and logits ``[B, steps, vocabulary]`` of four generated tokens."""
+    out = model.generate(
+        **inputs, max_new_tokens=4, min_new_tokens=4, output_logits=True, return_dict_in_generate=True, **kwargs
+    )
+    return out.sequences[:, inputs["input_ids"].shape[1] :], torch.stack(out.logits, dim=1)
+
+
+def alone(zoo, inputs, row):
+    """One row of a batch as a prompt of its own, without its padding."""
+    return zoo.row(inputs, row)
+
+
+@pytest.fixture
+def cell(request, models, support, name, row, family):
+    """The wrapped model; a refusal that the table announces ends the test as passed."""
+    zoo = models(family)
+    mode = request.node.originalname.removeprefix("test_").replace("_", " ")
+    if family in row.refused:
+        with pytest.raises(lmmhooks.LmmhooksError, match=row.refused[family]):
+            lmmhooks.wrap(zoo.model, row.spec)
+        support.record(name, family, mode, f"refused: {row.refused[family]}")
+        pytest.skip(f"refused by design: {row.refused[family]}")
+    yield zoo
+    lmmhooks.unwrap(zoo.model)
+    support.record(name, family, mode, "yes")
+
+
+matrix = pytest.mark.parametrize(("name", "row", "family"), list(cells()))
+
+
+@matrix
+def test_prefill(cell, row):
+    inputs = cell.inputs(batch=1)
+    with torch.no_grad():
+        plain = cell.model(**inputs).logits[:, -1]
+        with lmmhooks.wrap(cell.model, row.spec):
+            patched = cell.model(**inputs).logits[:, -1]
+            again = cell.model(**inputs).logits[:, -1]
+        after = cell.model(**inputs).logits[:, -1]
+    assert torch.isfinite(patched).all()
+    assert torch.equal(patched, again), "state of the first prompt reached the second"
+    assert torch.equal(after, plain), "removal must be bit-identical"
+    assert torch.equal(patched, plain) != row.changes
+
+
+@matrix
+def test_decode(cell, row):
+    inputs = cell.inputs(batch=1)
+    plain, plain_logits = generate(cell.model, inputs, do_sample=False)
+    with lmmhooks.wrap(cell.model, row.spec):
+        tokens, logits = generate(cell.model, inputs, do_sample=False)
+        repeated, _ = generate(cell.model, inputs, do_sample=False)
+    assert torch.isfinite(logits).all()
+    assert torch.equal(tokens, repeated)
+    if not row.changes:
+        assert torch.equal(logits, plain_logits)
+        assert torch.equal(tokens, plain)
+
+
+@matrix
+def test_padded_batch(cell, row):
+    inputs = cell.inputs(batch=3)
+    assert not inputs["attention_mask"].all(), "rows of equal length would not be padded"
+    with lmmhooks.wrap(cell.model, row.spec):
+        tokens, logits = generate(cell.model, inputs, do_sample=False)
+        for i in range(3):
+            one, one_logits = generate(cell.model, alone(cell, inputs, i), do_sample=False)
+            torch.testing.assert_close(logits[i : i + 1], one_logits, atol=TOLERANCE, rtol=0)
+            assert torch.equal(tokens[i : i + 1], one)
+
+
+@matrix
+def test_two_images(cell, row):
+    inputs = cell.inputs(batch=2, images=[2, 1])
+    with lmmhooks.wrap(cell.model, row.spec):
+        tokens, logits = generate(cell.model, inputs, do_sample=False)
+        one, one_logits = generate(cell.model, alone(cell, inputs, 0), do_sample=False)
+    torch.testing.assert_close(logits[:1], one_logits, atol=TOLERANCE, rtol=0)
+    assert torch.equal(tokens[:1], one)
+
+
+@matrix
+def test_beams(cell, row):
+    inputs = cell.inputs(batch=2)
+    kwargs = {"num_beams": 3, "do_sample": False, "max_new_tokens": 4, "min_new_tokens": 4}
+    with torch.no_grad():
+        plain = cell.model.generate(**inputs, **kwargs)
+        with lmmhooks.wrap(cell.model, row.spec):
+            tokens = cell.model.generate(**inputs, **kwargs)
+            one = cell.model.generate(**alone(cell, inputs, 1), **kwargs)
+    assert torch.equal(tokens[1:, -4:], one[:, -4:])
+    if not row.changes:
+        assert torch.equal(tokens, plain)
+
+
+@matrix
+def test_sampling(cell, row):
+    inputs = cell.inputs(batch=2)
+
+    def sample():
+        torch.manual_seed(3)
+        return generate(cell.model, inputs, do_sample=True, top_k=0)[0]
+
+    plain = sample()
+    with lmmhooks.wrap(cell.model, row.spec):
+        tokens = sample()
+        assert torch.equal(tokens, sample())
+    if not row.changes:
+        assert torch.equal(tokens, plain)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_settings_survive_being_written_down(name):
+    method = lmmhooks.methods.resolve(ROWS[name].spec)
+    assert lmmhooks.methods.resolve(method.spec()) == method
+    assert lmmhooks.methods.resolve({method.id: method.settings()}) == method
+    assert type(method).paper
+    for setting in method.hyperparameters().values():
+        assert setting.help, f"{name}: {setting.name} is not documented"
