@@ -86,18 +86,19 @@ def compare(
     Returns
     -------
     dict
-        ``n``, ``unpaired`` (documents only one of them has), ``metrics``, ``test``, ``flips``, and lists of document
-        ids.
+        ``n``, ``clusters``, ``unpaired`` (documents only one of them has), ``metrics``, ``test``, ``flips`` with lists
+        of document ids.
     """
     shared = [doc_id for doc_id in baseline if doc_id in patched]
     a, b = [baseline[doc_id] for doc_id in shared], [patched[doc_id] for doc_id in shared]
     result: dict[str, Any] = {"n": len(shared), "unpaired": len(baseline.keys() ^ patched.keys())}
     if not shared:
         return result | {"metrics": {}}
+    clusters = [answer.record["cluster"] for answer in a]
+    result["clusters"] = len(set(clusters))
     result["metrics"] = _estimates(task, a, b, settings)
     before, after = _outcomes(task, a), _outcomes(task, b)
     name, p = stats.paired_test(before, after, settings.mid_p)
-    clusters = [answer.record["cluster"] for answer in a]
     difference = after - before
     result["test"] = {
         "name": name,

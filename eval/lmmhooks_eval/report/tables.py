@@ -13,6 +13,9 @@ __all__ = ["Cell", "Table", "cost_table", "headline", "metrics_table", "notes"]
 Tone = Literal["", "good", "bad"]
 NOTHING = "-"
 
+# A percentile bootstrap over fewer clusters than this undercovers noticeably; the reader is told.
+_FEW_CLUSTERS = 30
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -133,6 +136,9 @@ def notes(metrics: Mapping[str, Any]) -> list[str]:
         f"{statistics['family_size']} comparisons of this run.",
     ]
     for name, task in metrics["tasks"].items():
+        clusters = min((figures.get("clusters", 0) for figures in task["variants"].values()), default=0)
+        if 0 < clusters < _FEW_CLUSTERS:
+            lines.append(f"{name}: only {clusters} independent images; intervals from so few are too narrow.")
         shown = [
             figures["detectable_change"] for figures in task["variants"].values() if figures.get("detectable_change")
         ]

@@ -1,7 +1,4 @@
-"""
-scenes-vqa: short-answer questions about the bundled scenes, scored by exact match after normalisation, per question
-type.
-"""
+"""scenes-vqa: short-answer questions about the bundled scenes, exact match over all and per question type."""
 
 from __future__ import annotations
 
