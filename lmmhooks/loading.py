@@ -135,9 +135,7 @@ def _locate(name: str) -> str:
     if name in BUNDLED:
         spec = find_spec("lmmhooks_eval")
         if spec is None or not spec.submodule_search_locations:
-            raise ModelError(
-                f"{name} is bundled with the package lmmhooks_eval, which is not installed; pip install lmmhooks"
-            )
+            raise ModelError(f"{name} is bundled with lmmhooks_eval, which is not installed; pip install lmmhooks")
         folder = Path(next(iter(spec.submodule_search_locations))) / "tiny" / "weights" / name
         if not (folder / "config.json").is_file():
             raise ModelError(
