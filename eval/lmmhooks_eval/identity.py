@@ -13,7 +13,6 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,12 +20,7 @@ if TYPE_CHECKING:
 
     from lmmhooks.methods.base import Method
 
-__all__ = ["ModelIdentity", "answer_key", "digest", "folder_revision", "image_digest", "item_seed"]
-
-# A weight file up to this size is read whole; of a larger one the ends and the length must do, or a run on a 15 GB
-# model would begin with a minute of hashing.
-_WHOLE_FILE_BYTES = 64 << 20
-_END_BYTES = 1 << 20
+__all__ = ["ModelIdentity", "answer_key", "digest", "image_digest", "item_seed"]
 
 
 def digest(data: Any) -> str:
@@ -44,24 +38,6 @@ def image_digest(images: Sequence[Image]) -> str:
     return state.hexdigest()
 
 
-def folder_revision(folder: Path) -> str:
-    """Digest of the configuration and weights in a local model folder: what a commit hash is to a hub model."""
-    state = hashlib.sha256()
-    for path in sorted((*folder.glob("*.json"), *folder.glob("*.safetensors"), *folder.glob("*.jinja"))):
-        if path.name == "metrics.json":
-            continue  # evaluation results lie beside the weights of bundled models and are not part of the model
-        size = path.stat().st_size
-        state.update(f"{path.name}:{size}".encode())
-        with path.open("rb") as stream:
-            if size <= _WHOLE_FILE_BYTES:
-                state.update(stream.read())
-            else:
-                state.update(stream.read(_END_BYTES))
-                stream.seek(-_END_BYTES, 2)
-                state.update(stream.read())
-    return f"sha256:{state.hexdigest()[:32]}"
-
-
 @dataclass(frozen=True)
 class ModelIdentity:
     """
@@ -72,7 +48,7 @@ class ModelIdentity:
     model
         What the recipe names.
     revision
-        Commit hash of a hub model, digest of a local folder, ``"unknown"`` for one that was built in memory.
+        Commit hash of a hub model, else a fingerprint of the weights.
     dtype, attention, quantization
         As loaded.
     processor
@@ -101,10 +77,10 @@ class ModelIdentity:
         quantization: str | None,
     ) -> ModelIdentity:
         """Read the identity from a loaded model and processor; `settings` are the recipe's processor settings."""
-        where = Path(model.name_or_path or "")
-        revision = getattr(model.config, "_commit_hash", None)
-        if revision is None:
-            revision = folder_revision(where) if model.name_or_path and where.is_dir() else "unknown"
+        from lmmhooks.loading import identity
+
+        checkpoint = identity(model)
+        revision = checkpoint["revision"] or f"fingerprint:{checkpoint['fingerprint']}"
         image_processor = json.loads(processor.image_processor.to_json_string())
         return cls(
             model=name,

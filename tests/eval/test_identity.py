@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
 import lmmhooks
-from lmmhooks_eval.identity import ModelIdentity, answer_key, digest, folder_revision, image_digest, item_seed
+from lmmhooks_eval.identity import ModelIdentity, answer_key, digest, image_digest, item_seed
 
 IDENTITY = ModelIdentity("m", "rev", "float32", "sdpa", "none", "proc", "tmpl")
 GIVEN: dict[str, Any] = {
@@ -55,16 +54,6 @@ def test_image_digest_is_about_pixels_and_their_order() -> None:
     assert image_digest([red, blue]) != image_digest([blue, red])
     assert image_digest([red]) != image_digest([red.resize((3, 2))])
     assert image_digest([red]) == image_digest([red.copy()])
-
-
-def test_folder_revision_sees_weights_and_configuration(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "model.safetensors").write_bytes(b"weights")
-    first = folder_revision(tmp_path)
-    (tmp_path / "README.md").write_text("not part of the model")
-    assert folder_revision(tmp_path) == first
-    (tmp_path / "model.safetensors").write_bytes(b"weightz")
-    assert folder_revision(tmp_path) != first
 
 
 def test_item_seeds_are_stable_and_apart() -> None:

@@ -95,13 +95,12 @@ def cost_table(name: str, task: Mapping[str, Any]) -> Table:
         if not cost:
             continue
         relative = cost["relative"] if variant != BASELINE else {}
-        prefill = cost["prefill_ms"]
         rows.append(
             [
                 Cell(variant),
                 Cell(f"{cost['visual_in']:.0f}"),
                 Cell(_plain(cost["visual_kept"], ".1f")),
-                Cell(f"{prefill['median']:.1f} / {prefill['p90']:.1f}"),
+                Cell(f"{cost['prefill_ms']['median']:.1f}"),
                 Cell(_plain(relative.get("prefill_time"), ".2f")),
                 Cell(_plain(relative.get("prefill_flops"), ".2f")),
                 Cell(_plain(cost["decode_tokens_per_s"], ".1f")),
@@ -112,17 +111,19 @@ def cost_table(name: str, task: Mapping[str, Any]) -> Table:
                 Cell(f"{cost['batch_size']:.0f}"),
             ]
         )
-    columns = ["variant", "visual in", "kept per layer", "prefill ms (median / p90)", "prefill time x"]
+    columns = ["variant", "visual in", "kept per layer", "prefill ms", "prefill time x"]
     columns += [
         "prefill FLOPs x",
         "decode tokens/s",
         "step time x",
-        "KV MiB per document",
+        "KV MiB",
         "KV x",
         "preprocess ms",
         "batch",
     ]
-    return Table(f"{name}: cost (times per batch, counts per document), ratios to the baseline", columns, rows)
+    return Table(
+        f"{name}: cost (median times per batch, counts per document, x = ratio to the baseline)", columns, rows
+    )
 
 
 def notes(metrics: Mapping[str, Any]) -> list[str]:
