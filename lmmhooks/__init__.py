@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lmmhooks import inspect, methods
+    from lmmhooks import methods
     from lmmhooks.comparison import Comparison, compare
     from lmmhooks.errors import LmmhooksError, MethodError, ModelError, PromptError
     from lmmhooks.family import Family
@@ -32,7 +32,6 @@ __all__ = [
     "Patch",
     "PromptError",
     "compare",
-    "inspect",
     "load",
     "method",
     "methods",
@@ -60,8 +59,8 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
-    if name in {"inspect", "methods"}:
-        return import_module(f"lmmhooks.{name}")
+    if name == "methods":
+        return import_module("lmmhooks.methods")
     raise AttributeError(f"module 'lmmhooks' has no attribute {name!r}")
 
 

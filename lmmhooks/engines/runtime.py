@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from lmmhooks.engines.attach import Attachments
-from lmmhooks.engines.attention import AttentionEngine
+from lmmhooks.engines.attention import AttentionEngine, DecoderProbe
 from lmmhooks.engines.state import PromptState
 from lmmhooks.errors import MethodError, PromptError
 from lmmhooks.family import Family, VisionInputs
@@ -62,6 +62,8 @@ class Runtime:
         """What the image encoder saw since the last prompt was read."""
         self.readings: dict[str, list[Tensor]] = {}
         """What vision probes read in the encoder call that is under way."""
+        self.probes: list[DecoderProbe] = []
+        """Attention read for its own sake, beside what methods need."""
         self.encoder_hook: Callable[[str, Callable[..., Any], dict[str, Any]], Any] | None = None
         """Runs the encoder instead of a plain call: decoding branches encode several variants of an image at once."""
         self.prepared: tuple[Layout, list[VisionInputs]] | None = None
@@ -127,6 +129,17 @@ class Runtime:
             attachments.undo()
             self.refresh()
 
+    @contextmanager
+    def probing(self, probes: Sequence[DecoderProbe]) -> Iterator[None]:
+        """Read attention of the patched model; needs at least one enabled patch that is no identity."""
+        self.probes = list(probes)
+        self.refresh()
+        try:
+            yield
+        finally:
+            self.probes = []
+            self.refresh()
+
     def _mark(self, module: nn.Module, args: Any) -> None:
         return None
 
@@ -149,7 +162,7 @@ class Runtime:
         AttentionEngine(
             self,
             of_kind(methods, AttentionMethod),
-            reduction.decoder_probes if reduction else (),
+            [*self.probes, *(reduction.decoder_probes if reduction else ())],
             reduction.vision_probes if reduction else (),
         ).attach(attach)
 
@@ -210,7 +223,8 @@ class Runtime:
         if num_new > 1 and input_ids is not None and self._holds_images(input_ids):
             raise PromptError(
                 f"{num_new} tokens with an image continue a cache that already holds {cached}; a patched model reads "
-                "all images of a prompt in one forward: pass the whole prompt, without prefill_chunk_size"
+                "all images of a prompt in one forward: pass the whole prompt with an empty cache, without "
+                "prefill_chunk_size, and under a reduction without assisted decoding"
             )
         state.begin_step(num_new, cached)
         self.current = self.last = state
@@ -233,12 +247,12 @@ class Runtime:
     def _check_counts(self, state: PromptState, calls: Sequence[VisionInputs]) -> None:
         for call in calls:
             token = self.family.image_token_id if call.modality == "image" else self.family.video_token_id
-            num_tokens, num_features = int((state.input_ids == token).sum()), sum(call.lengths())
+            num_tokens = int(torch.eq(state.input_ids, -1 if token is None else token).sum())
+            num_features = sum(call.lengths())
             if num_tokens != num_features:
                 raise PromptError(
                     f"the prompt has {num_tokens} {call.modality} tokens but its {call.modality}s give {num_features} "
-                    f"features; write one {call.modality} placeholder per {call.modality} and let the model's processor "
-                    "expand it"
+                    f"features; write one placeholder per {call.modality} and let the model's processor expand it"
                 )
 
     def _holds_images(self, input_ids: Tensor) -> bool:

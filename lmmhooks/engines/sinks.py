@@ -172,7 +172,8 @@ def discover_sink_dims(runtime: Runtime, processor: Any = None, tau: float | Non
         )
     else:
         summary = "no channel stands out"
-    evidence = {"summary": summary, "tau": tau, "prompts": len(prompts), "layers": list(layers), "candidates": rows[:16]}
+    evidence = {"summary": summary, "tau": tau, "prompts": len(prompts), "layers": list(layers)}
+    evidence["candidates"] = rows[:16]
     return SinkDims(tuple(int(row["channel"]) for row in confirmed), evidence)
 
 

@@ -1,4 +1,4 @@
-"""Collects which method runs on which family in which mode; ``--write-support FILE`` stores it for the documentation."""
+"""Collects which method runs on which family in which mode; ``--write-support FILE`` stores it for the docs."""
 
 from __future__ import annotations
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lmmhooks.methods.base import Method
@@ -142,12 +141,8 @@ class AttentionMethod(Method):
     @property
     def edits(self) -> frozenset[str]:
         """Steps this class defines itself; the engine skips those that no method defines."""
-        return _defined_steps(type(self))
+        cls = type(self)
+        return frozenset(step for step in _STEPS if getattr(cls, step) is not getattr(AttentionMethod, step))
 
 
 _STEPS = ("scale_keys", "edit_scores", "edit_weights", "scale_heads")
-
-
-@cache
-def _defined_steps(cls: type[AttentionMethod]) -> frozenset[str]:
-    return frozenset(step for step in _STEPS if getattr(cls, step) is not getattr(AttentionMethod, step))

@@ -144,7 +144,7 @@ class Var(AttentionMethod):
         self._require(self.rho >= 0.0, "rho", "at least 0")
         self._require(0.0 <= self.min_visual <= 1.0, "min_visual", "in [0, 1]")
         self._require(self.tau is None or self.tau > 0, "tau", "positive or None")
-        if isinstance(self.sink_dims, list):
+        if not isinstance(self.sink_dims, str | None):
             object.__setattr__(self, "sink_dims", tuple(self.sink_dims))
         object.__setattr__(self, "skip_layers", tuple(self.skip_layers))
 
