@@ -10,7 +10,16 @@ from transformers import Cache, DynamicCache
 
 from lmmhooks.errors import PromptError
 
-__all__ = ["BranchCache"]
+__all__ = ["BranchCache", "refuse_static"]
+
+
+def refuse_static(cache: Cache) -> None:
+    """Raise PromptError for a cache that was allocated for the rows of the caller."""
+    if cache.is_compileable:
+        raise PromptError(
+            f"decoding methods keep a block of rows per branch, for which {type(cache).__name__} has no room; "
+            "leave cache_implementation and past_key_values out, so that the default dynamic cache is used"
+        )
 
 
 class BranchCache(DynamicCache):
@@ -38,11 +47,7 @@ class BranchCache(DynamicCache):
     """
 
     def __init__(self, inner: Cache, num_branches: int, mask: Tensor | None, next_position: Tensor) -> None:
-        if inner.is_compileable:
-            raise PromptError(
-                f"decoding methods keep a block of rows per branch, for which {type(inner).__name__} has no room; "
-                "leave cache_implementation and past_key_values out, so that the default dynamic cache is used"
-            )
+        refuse_static(inner)
         super().__init__(offloading=inner.offloading, offload_only_non_sliding=getattr(inner, "only_non_sliding", True))
         self.layers = inner.layers
         self.layer_class_to_replicate = inner.layer_class_to_replicate

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from lmmhooks.engines.attach import Attachments
-from lmmhooks.engines.branch_cache import BranchCache
+from lmmhooks.engines.branch_cache import BranchCache, refuse_static
 from lmmhooks.engines.branch_vision import BranchEncoder
 from lmmhooks.engines.branches import PromptStacker, StackedPrompt
 from lmmhooks.engines.lazy_branches import LazyBranches
@@ -108,6 +108,9 @@ class BranchEngine:
         )
         kwargs["return_dict"] = True
         cache = kwargs.get("past_key_values")
+        if cache is not None and self.branches:
+            # Before anything reads the mask, which generate() has already shaped for such a cache.
+            refuse_static(cache)
         if not self.branches:
             pass
         elif cache is not None and cache.get_seq_length():
