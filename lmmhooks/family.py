@@ -370,11 +370,11 @@ def _unusable(model: Any) -> str | None:
         return "it is an encoder-decoder model, whose decoder has no visual tokens"
     if hasattr(model.config, "qformer_config"):
         return "its Q-Former answers with learned queries, which have no place in the image"
-    if not hasattr(model.base_model, "get_image_features") or not hasattr(model.config, "vision_config"):
-        return "it takes no images"
     crossing = next((m for m in model.modules() if "CrossAttention" in type(m).__name__), None)
     if crossing is not None:
         return f"its decoder reads the image through {type(crossing).__name__} and has no visual tokens"
+    if not hasattr(model.base_model, "get_image_features") or not hasattr(model.config, "vision_config"):
+        return "it takes no images"
     if not model._supports_attention_backend:
         return "its attention does not go through transformers' AttentionInterface"
     if model.get_output_embeddings() is None:

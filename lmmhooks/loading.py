@@ -101,7 +101,7 @@ def identity(model: Any) -> dict[str, Any]:
     -------
     dict
         ``name`` (hub id or folder name, empty for a model built in memory), ``revision`` (commit hash, None if not
-        known), ``architecture``, ``parameters`` (their number) and ``fingerprint`` (over the names, shapes, dtypes and a
+        known), ``architecture``, ``parameters`` (their number) and ``fingerprint`` (over names, shapes, dtypes and a
         sample of the bytes of a few weights; weights on the meta device count by name, shape and dtype only).
     """
     named = str(getattr(model.config, "_name_or_path", "") or "")
@@ -135,7 +135,7 @@ def _locate(name: str) -> str:
     if name in BUNDLED:
         spec = find_spec("lmmhooks_eval")
         if spec is None or not spec.submodule_search_locations:
-            raise ModelError(f"{name} is bundled with lmmhooks_eval, which is not installed; pip install lmmhooks")
+            raise ModelError(f"{name} is part of lmmhooks_eval, which is not installed; pip install lmmhooks")
         folder = Path(next(iter(spec.submodule_search_locations))) / "tiny" / "weights" / name
         if not (folder / "config.json").is_file():
             raise ModelError(

@@ -183,7 +183,7 @@ def test_settings_reach_transformers(zoo: Any, tmp_path: Path) -> None:
 
 def test_bundled_models_without_their_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(lmmhooks.loading, "find_spec", lambda name: None)
-    with pytest.raises(ModelError, match="bundled with lmmhooks_eval, which is not installed"):
+    with pytest.raises(ModelError, match="part of lmmhooks_eval, which is not installed"):
         load("tiny-llava")
     spec = ModuleSpec("lmmhooks_eval", None, is_package=True)
     spec.submodule_search_locations = [str(tmp_path)]
