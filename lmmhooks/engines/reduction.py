@@ -310,6 +310,6 @@ def _refuse_rewound(state: PromptState, position_ids: Tensor) -> None:
     if bool((last.to(expected.device) != expected).any()):
         raise PromptError(
             f"{state.num_queries} new tokens end at position {int(last.max())} instead of {int(expected.max())}: "
-            "assisted decoding, and generate() continuing an earlier cache, count cache entries that a reduction "
-            "removed; pass the whole prompt with an empty cache"
+            "generate() continues an earlier cache by its length, which a reduction before the decoder has changed; "
+            "pass the whole conversation with an empty cache"
         )
