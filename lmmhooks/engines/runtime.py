@@ -224,7 +224,7 @@ class Runtime:
             raise PromptError(
                 f"{num_new} tokens with an image continue a cache that already holds {cached}; a patched model reads "
                 "all images of a prompt in one forward: pass the whole prompt with an empty cache, without "
-                "prefill_chunk_size, and under a reduction without assisted decoding"
+                "prefill_chunk_size"
             )
         state.begin_step(num_new, cached)
         self.current = self.last = state
