@@ -15,7 +15,7 @@ from typing import Annotated, Any, NamedTuple
 import typer
 from typer.core import TyperGroup
 
-from lmmhooks.cli.errors import report
+from lmmhooks.cli.errors import Interrupted, report
 
 __all__ = ["COMMANDS", "LazyCommand", "main"]
 
@@ -71,6 +71,13 @@ class LazyGroup(TyperGroup):
 
             ctx.fail(f"no command {args[0]!r}{closest(args[0], names)}; commands: {', '.join(names)}")
         return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; an interruption comes out as an exception that `report` has a line for."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise Interrupted from error
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """Write names and summaries without importing anything."""

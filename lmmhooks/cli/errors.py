@@ -7,9 +7,13 @@ from __future__ import annotations
 import errno
 import sys
 
-__all__ = ["BAD_INPUT", "FAILED", "explain", "report"]
+__all__ = ["BAD_INPUT", "FAILED", "Interrupted", "explain", "report"]
 
 FAILED, BAD_INPUT = 1, 2
+
+
+class Interrupted(Exception):
+    """The user pressed Ctrl-C; typer would turn the original into an exit without a word."""
 
 
 def explain(error: BaseException) -> tuple[str, int]:
@@ -34,8 +38,8 @@ def explain(error: BaseException) -> tuple[str, int]:
         return _line(error.format_message()), int(error.exit_code)
     if isinstance(error, LmmhooksError):
         return _line(str(error)), BAD_INPUT
-    if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Abort":
-        return "interrupted; answers obtained so far are in the run folder, continue with --resume", FAILED
+    if isinstance(error, (Interrupted, KeyboardInterrupt)):
+        return "interrupted; a run keeps the answers it has, continue it with --resume", FAILED
     if isinstance(error, OSError):
         where = f" ({error.filename})" if error.filename else ""
         status = BAD_INPUT if error.errno in (errno.ENOENT, errno.EACCES, errno.EISDIR, errno.ENOTDIR) else FAILED
