@@ -1,8 +1,7 @@
-"""From what the command line says to a loaded model: device, data type, method compositions."""
+"""From what the command line says to a loaded model: device, data type, named shape or weights."""
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import torch
@@ -10,14 +9,14 @@ import torch
 from lmmhooks.bench.shapes import build_model
 from lmmhooks.errors import LmmhooksError, closest
 
-__all__ = ["load_target", "resolve_device", "resolve_dtype", "split_methods"]
+__all__ = ["load_target", "resolve_device", "resolve_dtype"]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def resolve_device(name: str | None) -> torch.device:
     """
-    Choose the device: the one named, or the fastest there is.
+    Choose the device: the one named, or what :func:`lmmhooks.load` takes, the first CUDA device or else the CPU.
 
     Raises
     ------
@@ -25,9 +24,7 @@ def resolve_device(name: str | None) -> torch.device:
         A name torch does not know, or a device that is not there.
     """
     if name is None:
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -44,22 +41,6 @@ def resolve_dtype(name: str | None, device: torch.device) -> torch.dtype:
     if name not in _DTYPES:
         raise LmmhooksError(f"dtype {name!r} is not one of {', '.join(_DTYPES)}{closest(name, _DTYPES)}")
     return _DTYPES[name]
-
-
-def split_methods(text: str) -> list[str]:
-    """
-    Split a composition such as ``"fastv(keep=288) + var"`` into method specifications.
-
-    Raises
-    ------
-    LmmhooksError
-        An empty part.
-    """
-    # A plus inside parentheses belongs to a setting.
-    parts = [part.strip() for part in re.split(r"\+(?![^()]*\))", text)]
-    if not all(parts):
-        raise LmmhooksError(f"method {text!r} has an empty part; write one method, or several joined by ' + '")
-    return parts
 
 
 def load_target(
@@ -85,5 +66,5 @@ def load_target(
         raise LmmhooksError("--layers and --vision-layers scale a named shape (--config); a loaded model has its own")
     from lmmhooks.loading import load
 
-    loaded, _ = load(str(model), dtype=dtype, device_map=str(device), attn_implementation=backend)
-    return loaded.eval()
+    loaded, _ = load(str(model), dtype=dtype, device=str(device), attn_implementation=backend)
+    return loaded

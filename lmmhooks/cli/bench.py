@@ -37,7 +37,7 @@ def bench(
     decode_tokens: Annotated[int, typer.Option(min=0, help="Decode steps per round.")] = 16,
     repeat: Annotated[int, typer.Option(min=1, help="Rounds that count; each runs all alternatives.")] = 7,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; unset: float32 on CPU.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; unset: the fastest there is.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; unset: CUDA if there is one.")] = None,
     backend: Annotated[str | None, typer.Option(help="Attention backend; unset: the model's own choice.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; unset: torch's own choice.")] = None,
     disabled: Annotated[bool, typer.Option(help="Also measure a wrapped but disabled model.")] = True,
@@ -48,9 +48,10 @@ def bench(
     import torch
 
     from lmmhooks.bench.measure import measure_baseline, measure_disabled, measure_variant
-    from lmmhooks.bench.options import load_target, resolve_device, resolve_dtype, split_methods
+    from lmmhooks.bench.options import load_target, resolve_device, resolve_dtype
     from lmmhooks.bench.prompts import make_prompt
     from lmmhooks.bench.record import check_writable, write_record
+    from lmmhooks.cli.compositions import split_methods
     from lmmhooks.errors import LmmhooksError
     from lmmhooks_eval.environment import describe
 

@@ -79,12 +79,12 @@ def support_matrix() -> dict[str, dict[str, Any]]:
     Returns
     -------
     dict
-        ``{method: {family: {situation: result}}}``; empty if the file was not generated.
+        ``{method: {family: {mode: "yes" or why it is refused}}}``; empty if the file was not generated.
     """
     file = files("lmmhooks") / "support.json"
     if not file.is_file():
         return {}
-    matrix: dict[str, dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))["methods"]
+    matrix: dict[str, dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))
     return matrix
 
 

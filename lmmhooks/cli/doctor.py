@@ -23,18 +23,16 @@ def doctor(json: JsonOption = False) -> None:
     """Show versions, devices and attention backends, what would be used and why; exit 1 if something is in the way."""
     from lmmhooks_eval.environment import source_state, versions
 
-    devices = _devices()
-    attention = _attention()
     problems = _problems()
     findings = {
         "versions": versions(),
         **source_state(),
         "python": sys.executable,
         "platform": platform.platform(),
-        "devices": devices,
-        "attention": attention,
+        "devices": _devices(),
+        "attention": _attention(),
         "images": _images(),
-        "would_use": _choice(devices, attention),
+        "would_use": _choice(),
         "plugins": _plugins(),
         "problems": problems,
     }
@@ -85,15 +83,14 @@ def _images() -> str:
     return "no torchvision: PIL image processors; video processors are not available"
 
 
-def _choice(devices: list[dict[str, Any]], attention: dict[str, str]) -> dict[str, str]:
-    """What `lmmhooks.load` and the benchmark take when nothing is asked for, and the reason."""
-    from lmmhooks.bench.options import resolve_device, resolve_dtype
+def _choice() -> dict[str, str]:
+    """What `lmmhooks.load` takes when nothing is asked for, and the reason."""
+    from lmmhooks.bench.options import resolve_device
 
     device = resolve_device(None)
-    dtype = str(resolve_dtype(None, device)).removeprefix("torch.")
-    why = "the first accelerator found" if device.type != "cpu" else "no accelerator was found"
-    reason = "transformers' default; methods keep its speed, because they recompute only the rows they edit"
-    return {"device": str(device), "dtype": dtype, "attention": "sdpa", "why": f"{why}; sdpa is {reason}"}
+    why = "the first CUDA device" if device.type == "cuda" else "there is no CUDA device"
+    attention = "sdpa is transformers' default, and methods recompute only the rows they edit, so they keep its speed"
+    return {"device": str(device), "dtype": "as saved", "attention": "sdpa", "why": f"{why}; {attention}"}
 
 
 def _plugins() -> dict[str, dict[str, str]]:
