@@ -182,7 +182,7 @@ def tower_attention(model: Any, seen: dict[int, list[Tensor]]) -> Iterator[None]
         for number, layer in enumerate(tower)
     }
 
-    def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, *mask: Any, **kwargs: Any) -> tuple[Tensor, None]:
         scaling = kwargs.get("scaling") or q.shape[-1] ** -0.5
         weights = torch.softmax((q @ k.transpose(2, 3) * scaling).float(), dim=-1)
         seen.setdefault(attention[module], []).append(weights)

@@ -77,17 +77,18 @@ def lattice_shape(rows: int, cols: int, num_keep: int) -> tuple[int, int]:
     Rows R and columns S of the lattice: ``R * S = K`` with R/S closest to ``rows/cols``.
 
     Where no factorisation is within a factor of two of that ratio (K prime, say), R is ``round(sqrt(K * rows / cols))``
-    and ``R * S`` exceeds K by less than R.
+    and ``R * S`` exceeds K by less than R. Of two equally good shapes, the one with fewer rows.
     """
-    ratio = rows / cols
-    fits = [
-        (r, num_keep // r) for r in range(1, min(rows, num_keep) + 1) if num_keep % r == 0 and num_keep // r <= cols
-    ]
-    if fits:
-        best = min(fits, key=lambda shape: abs(math.log(shape[0] / shape[1] / ratio)))
-        if abs(math.log(best[0] / best[1] / ratio)) <= math.log(2):
-            return best
-    r = min(max(round(math.sqrt(num_keep * ratio)), -(-num_keep // cols), 1), rows)
+
+    def distortion(shape: tuple[int, int]) -> float:
+        sides = shape[0] * cols, shape[1] * rows
+        return max(sides) / min(sides)
+
+    fits = [(r, num_keep // r) for r in range(1, min(rows, num_keep) + 1) if num_keep % r == 0]
+    best = min((shape for shape in fits if shape[1] <= cols), key=distortion, default=None)
+    if best is not None and distortion(best) <= 2:
+        return best
+    r = min(max(round(math.sqrt(num_keep * rows / cols)), -(-num_keep // cols), 1), rows, num_keep)
     return r, -(-num_keep // r)
 
 
