@@ -17,6 +17,9 @@ __all__ = ["cost_quality_plot", "difference_plot"]
 # and labels are dark on a light page and light on a dark one.
 _INK = "#010203"
 _TONES = {"": "#8a8f98", "good": "#2e9e5b", "bad": "#d0533f"}
+# Mid tones, legible on either page; markers tell apart what colour does not.
+_COLOURS = ("#3f7fd0", "#d9822b", "#2e9e5b", "#a35bbf", "#d0533f", "#20a0a8", "#9a7b1e", "#d3609a")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 _STYLE = {
     "svg.fonttype": "none",  # text stays text: it can be searched, scales with the page and shares no glyph ids
     "font.family": "sans-serif",
@@ -73,7 +76,7 @@ def difference_plot(task: Mapping[str, Any], name: str) -> str | None:
             axes.plot([scale * estimate["difference"]], [row], "o", color=_TONES[tone], markersize=5)
         axes.set_yticks(range(len(shown)), [variant for variant, _ in reversed(shown)])
         axes.set_ylim(-0.6, len(shown) - 0.4)
-        axes.set_xlabel(f"{metric}: difference to the baseline ({_direction(better)})")
+        axes.set_xlabel(f"difference to the baseline: {_axis(task)}")
         return _svg(figure)
 
 
@@ -98,14 +101,15 @@ def cost_quality_plot(task: Mapping[str, Any], name: str) -> str | None:
     with rc_context({**_STYLE, "svg.hashsalt": f"cost/{name}"}):
         figure = Figure(figsize=(6.4, 3.2), layout="constrained")
         axes = figure.add_subplot()
-        for variant, time, value, (low, high) in points:
-            colour = _INK if variant == BASELINE else "#3f7fd0"
+        for index, (variant, time, value, (low, high)) in enumerate(points):
+            colour = _INK if variant == BASELINE else _COLOURS[index % len(_COLOURS)]
             axes.plot([time, time], [low, high], color=colour, linewidth=1.2, alpha=0.6)
-            axes.plot([time], [value], "o", color=colour, markersize=5)
-            axes.annotate(variant, (time, value), xytext=(5, 4), textcoords="offset points", fontsize=8)
-        axes.margins(x=0.2)
+            marker = _MARKERS[index % len(_MARKERS)]
+            axes.plot([time], [value], marker, color=colour, markersize=6, label=variant)
+        # Variants of one budget cost the same, so names beside the points would lie on top of each other.
+        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8)
         axes.set_xlabel("prefill time, baseline = 1 (measured)")
-        axes.set_ylabel(f"{metric} ({_direction(task['metrics'][metric]['better'])})")
+        axes.set_ylabel(_axis(task))
         return _svg(figure)
 
 
@@ -113,8 +117,11 @@ def _scale(task: Mapping[str, Any]) -> float:
     return 100.0 if task["metrics"][task["primary"]]["unit"] == "share" else 1.0
 
 
-def _direction(better: str) -> str:
-    return {"higher": "higher is better", "lower": "lower is better", "neither": "descriptive"}[better]
+def _axis(task: Mapping[str, Any]) -> str:
+    about = task["metrics"][task["primary"]]
+    unit = " %" if about["unit"] == "share" else ""
+    direction = {"higher": " (higher is better)", "lower": " (lower is better)", "neither": ""}[about["better"]]
+    return f"{task['primary']}{unit}{direction}"
 
 
 def _svg(figure: Figure) -> str:
