@@ -39,7 +39,10 @@ def entries_of(output: Any) -> list[Entry]:
     pooled = output.pooler_output
     if isinstance(pooled, Tensor) and pooled.ndim == 2:
         pooled = [pooled]
-    layers = getattr(output, "deepstack_features", None) or []
+    layers = list(getattr(output, "deepstack_features", None) or [])
+    if layers and isinstance(layers[0], Tensor):
+        # Before 5.20 a layer's features came in one piece.
+        layers = [layer.split([len(entry) for entry in pooled]) for layer in layers]
     return list(zip(pooled, *layers, strict=True))
 
 
@@ -50,8 +53,11 @@ def with_entries(like: Any, entries: Sequence[Entry]) -> Any:
     fields: dict[str, Any] = {"pooler_output": features}
     if isinstance(pooled, Tensor):
         fields["pooler_output"] = torch.cat(features) if pooled.ndim == 2 else torch.stack(features)
-    if getattr(like, "deepstack_features", None) is not None:
-        fields["deepstack_features"] = [list(layer) for layer in zip(*(entry[1:] for entry in entries), strict=True)]
+    if deepstack := getattr(like, "deepstack_features", None):
+        layers = [list(layer) for layer in zip(*(entry[1:] for entry in entries), strict=True)]
+        fields["deepstack_features"] = (
+            [torch.cat(layer) for layer in layers] if isinstance(deepstack[0], Tensor) else layers
+        )
     return type(like)(**fields)
 
 
@@ -90,8 +96,6 @@ class EncodedImages:
         The call that encoded the variants; None while that is put off.
     blocks
         Per branch name, which block of entries of ``joint`` is the branch's; ``""`` for the images as given.
-    prompt_length
-        Tokens of the prompt when it was read first; tells generated tokens apart when there is no cache to count them.
     """
 
     modality: str
@@ -101,7 +105,6 @@ class EncodedImages:
     probes: dict[str, list[Tensor]] = field(default_factory=dict)
     joint: VisionInputs | None = None
     blocks: dict[str, int] = field(default_factory=dict)
-    prompt_length: int | None = None
 
     def as_given(self, output: Any) -> VisionInputs:
         """The call for the images as given, ``output`` being what it returned, beams expanded or not."""
@@ -145,7 +148,10 @@ class BranchEncoder:
     def __call__(self, modality: str, encode: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         """Stands in for the encoder; see `Runtime.encoder_hook`."""
         if modality in self.ready:
-            return self.ready.pop(modality)
+            output = self.ready.pop(modality)
+            if (record := getattr(output, _RECORD, None)) is not None:
+                self.runtime.readings = record.probes
+            return output
         record = EncodedImages(modality, encode, {**arguments, "return_dict": True})
         if self.variants and not self.put_off:
             self._encode_variants(record)

@@ -106,14 +106,26 @@ class PromptStacker:
         left = {key: value for key, value in kwargs.items() if key not in taken}
         return {**left, "mm_encoder_outputs": outputs}
 
-    def hand_over(self, kwargs: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-        """Arguments the model's forward takes: features if it knows them, else pixels, and features when it encodes."""
+    def hand_over(self, kwargs: dict[str, Any], encoded: dict[str, Any]) -> dict[str, Any]:
+        """
+        Arguments the model's forward takes: features if it knows them, else pixels, and features when it encodes those.
+
+        Parameters
+        ----------
+        kwargs
+            Of the coming forward, with the features it is to use.
+        encoded
+            What `encode` made of the arguments of the caller.
+        """
         outputs = kwargs.pop("mm_encoder_outputs", None) or {}
         if self._in_kwargs:
             return {**kwargs, "mm_encoder_outputs": outputs} if outputs else kwargs
         self.encoder.ready = dict(outputs)
-        missing = {key: value for key, value in given.items() if key not in kwargs and key not in _REBUILT}
-        return {**kwargs, **missing} if outputs else kwargs
+        for modality in outputs:
+            record = self.encoder.record_of(encoded["mm_encoder_outputs"][modality])
+            assert record is not None, "a model whose forward takes no features cannot have been given any"
+            kwargs = {**record.arguments, **kwargs}
+        return kwargs
 
     # -- rows ----------------------------------------------------------------------------------------------------------
 

@@ -77,6 +77,8 @@ class BranchEngine:
         self.stacker = PromptStacker(runtime, self.method, self.branches, self.encoder)
         self._names = list(inspect.signature(self.family.model.forward).parameters)
         self._call: _Call | None = None
+        self._uncached: tuple[Tensor, int] | None = None
+        """Prompt of the newest forward without cache, and that forward's length."""
         self._inside = False
 
     def attach(self, attachments: Attachments) -> None:
@@ -122,21 +124,19 @@ class BranchEngine:
 
     def _begin(self, call: _Call, given: dict[str, Any]) -> dict[str, Any]:
         """Arguments of the forward that reads the prompt."""
-        kwargs = self.stacker.encode(given)
-        if self.lazy:
-            call.lazy = LazyBranches(kwargs, call.rows, self._read_lazily, self._continue_lazily)
-            call.generated = self._generated(kwargs)
-            caching = self._caches(kwargs)
-            if caching:
-                call.cache = self._main_cache(kwargs, call.lazy)
-                kwargs = {**kwargs, "past_key_values": call.cache}
-            return self.stacker.hand_over(kwargs, given)
-        stacked = self.stacker.stack(kwargs, with_main=True)
-        call.generated = self._generated(kwargs)
-        call.blocks = 1 + len(self.branches)
-        return self._prompt_forward(call, stacked, given)
+        encoded = self.stacker.encode(given)
+        if not self._caches(encoded):
+            call.generated = self._count_uncached(encoded)
+        if not self.lazy:
+            call.blocks = 1 + len(self.branches)
+            return self._prompt_forward(call, self.stacker.stack(encoded, with_main=True), encoded)
+        call.lazy = LazyBranches(encoded, call.rows, self._read_lazily, self._continue_lazily)
+        kwargs = dict(encoded)
+        if self._caches(encoded):
+            call.cache = kwargs["past_key_values"] = self._main_cache(encoded, call.lazy)
+        return self.stacker.hand_over(kwargs, encoded)
 
-    def _prompt_forward(self, call: _Call, stacked: StackedPrompt, given: dict[str, Any]) -> dict[str, Any]:
+    def _prompt_forward(self, call: _Call, stacked: StackedPrompt, encoded: dict[str, Any]) -> dict[str, Any]:
         kwargs = stacked.kwargs
         if self._caches(kwargs):
             inner = kwargs.get("past_key_values")
@@ -152,7 +152,7 @@ class BranchEngine:
                 )
             kwargs["logits_to_keep"] = 1
         self.runtime.prepared = (stacked.layout, stacked.vision)
-        return self.stacker.hand_over(kwargs, given)
+        return self.stacker.hand_over(kwargs, encoded)
 
     def _continue(self, call: _Call, cache: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Arguments of a forward that continues a prompt."""
@@ -185,16 +185,16 @@ class BranchEngine:
         wanted = kwargs.get("use_cache")
         return bool(getattr(self.family.text_config, "use_cache", True) if wanted is None else wanted)
 
-    def _generated(self, kwargs: dict[str, Any]) -> int | None:
+    def _count_uncached(self, kwargs: dict[str, Any]) -> int:
         """Generated tokens in a prompt that is read again at every step because there is no cache."""
-        if self._caches(kwargs):
-            return None
-        length = int(kwargs["input_ids"].shape[1])
-        for output in kwargs["mm_encoder_outputs"].values():
-            record = self.encoder.record_of(output)
-            if record is not None:
-                record.prompt_length = record.prompt_length or length
-                return length - record.prompt_length
+        tokens = kwargs["input_ids"]
+        length = int(tokens.shape[1])
+        if self._uncached is not None:
+            prompt, last = self._uncached
+            if length == last + 1 and torch.equal(tokens[:, : prompt.shape[1]], prompt):
+                self._uncached = prompt, length
+                return length - int(prompt.shape[1])
+        self._uncached = tokens, length
         return 0
 
     # -- branches on demand --------------------------------------------------------------------------------------------
@@ -211,7 +211,7 @@ class BranchEngine:
     def _read_lazily(self, prompt: dict[str, Any], logits_to_keep: Any) -> tuple[Tensor, BranchCache]:
         stacked = self.stacker.stack({**prompt, "past_key_values": None, "use_cache": True}, with_main=False)
         call = _Call(rows=0, blocks=len(self.branches), logits_to_keep=logits_to_keep)
-        kwargs = self._prompt_forward(call, stacked, {})
+        kwargs = self._prompt_forward(call, stacked, prompt)
         kwargs["logits_to_keep"] = logits_to_keep if self.stacker.same_tokens else 1
         logits = self._run(kwargs)
         assert call.cache is not None

@@ -21,8 +21,8 @@ from lmmhooks.methods.decoding.vcd import Vcd
 from tests.reference.decoding import NaiveBranches, naive_generate, noised_inputs, without_image
 from tests.zoo import FAMILIES, build
 
-# float32 through four layers in other batches, times the weights; largest difference seen is 8e-6.
-TOLERANCE = 2e-5
+# float32 through four layers in other batches, times weights that reach 4.5; largest difference seen is 2.1e-5.
+TOLERANCE = 5e-5
 STEPS = 4
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import lmmhooks
+from lmmhooks.compat import takes_encoder_outputs
 from lmmhooks.errors import MethodError
 from lmmhooks.methods.decoding.base import contrast, plausible
 from lmmhooks.methods.decoding.vcd import Vcd, add_noise, signal_levels
@@ -48,6 +49,8 @@ def test_equals_separate_forwards_at_prefill_and_decode(family):
 )
 def test_generates_the_tokens_of_the_naive_rendering(family, mode):
     zoo = build(family)
+    if family == "internvl" and "num_beams" in mode and not takes_encoder_outputs(zoo.model):
+        pytest.skip("generate of transformers before 5.20 repeats tiles instead of images for beams")
     inputs = zoo.inputs(batch=2)
     arguments = {"max_new_tokens": STEPS, **mode}
     torch.manual_seed(0)
