@@ -78,7 +78,10 @@ class _WithoutVideos:
 
 
 def _without_videos(processor_class: Any, path: str, hub: dict[str, Any]) -> Any:
-    from transformers import AutoImageProcessor, AutoTokenizer
+    from transformers import AutoTokenizer
+
+    # Not from the package root: older versions put a placeholder there that insists on torchvision.
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     loaders = {"image_processor": AutoImageProcessor, "tokenizer": AutoTokenizer}
     attributes = processor_class.get_attributes()

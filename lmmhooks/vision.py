@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .compat import pixels_argument
+
 __all__ = ["PIXELS", "ImageTokens", "VisionInputs"]
 
 #: Argument that holds the pixels, by modality.
@@ -102,7 +104,7 @@ class VisionInputs:
     @property
     def pixels_name(self) -> str:
         """Name of the argument that holds the pixels."""
-        return PIXELS[self.modality]
+        return pixels_argument(self.modality, self.kwargs)
 
     def lengths(self) -> list[int]:
         """Features of every entry now, after any expansion."""

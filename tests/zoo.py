@@ -36,6 +36,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+from lmmhooks.compat import pixels_argument
 from lmmhooks.family import VisionInputs
 
 PAD, BOS, EOS, IMAGE, VIDEO, START, END = range(7)
@@ -432,7 +433,9 @@ def encode(model: Zoo, inputs: dict[str, Tensor]) -> list[VisionInputs]:
         if pixels not in inputs:
             continue
         encoder = getattr(core, f"get_{modality}_features")
-        kwargs = {name: inputs[name] for name in inspect.signature(encoder).parameters if name in inputs}
+        parameters = inspect.signature(encoder).parameters
+        kwargs = {name: inputs[name] for name in parameters if name in inputs and not name.startswith("pixel_values")}
+        kwargs[pixels_argument(modality, parameters)] = inputs[pixels]
         with torch.no_grad():
             calls.append(VisionInputs(modality, kwargs, encoder(**kwargs, return_dict=True)))
     return calls

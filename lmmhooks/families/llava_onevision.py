@@ -26,7 +26,7 @@ class LlavaOnevisionFamily(LlavaNextFamily):
 
     def crops_of(self, vision: VisionInputs) -> list[int]:
         if vision.modality == "video":
-            videos, frames = vision.kwargs["pixel_values_videos"].shape[:2]
+            videos, frames = vision.kwargs[vision.pixels_name].shape[:2]
             return [frames] * videos
         crops = super().crops_of(vision)
         if vision.kwargs.get("batch_num_images") is None:
