@@ -66,7 +66,9 @@ class VariantCost:
     kv_ratio
         Cache bytes after the prefill over the plain model's.
     flops_ratio
-        Theoretical decoder prefill FLOPs over the plain model's (square pairs).
+        Theoretical decoder prefill FLOPs over the plain model's (square pairs), all branches counted.
+    branches
+        Rows of the forward per row of the batch: 1 without decoding branches.
     peak_bytes, peak_bytes_plain
         Memory of the prefill beyond the weights, patched and plain.
     """
@@ -81,6 +83,7 @@ class VariantCost:
     visual_kept: list[int]
     kv_ratio: float
     flops_ratio: float
+    branches: int
     peak_bytes: int
     peak_bytes_plain: int
 
@@ -187,7 +190,8 @@ def measure_variant(
             average_visual=stats.average_visual,
             visual_kept=kept,
             kv_ratio=stats.kv_bytes / stats.kv_bytes_full,
-            flops_ratio=stats.prefill_flops / stats.prefill_flops_full,
+            flops_ratio=stats.branches * stats.prefill_flops / stats.prefill_flops_full,
+            branches=stats.branches,
             peak_bytes=peak,
             peak_bytes_plain=peak_plain,
         )

@@ -129,6 +129,7 @@ def test_branches_are_held_against_two_passes(model, prompt) -> None:
     cost = measure_variant(model, prompt, ["vcd"], repeat=2, decode_tokens=2)
     assert cost.over_two_passes is not None
     assert cost.over_two_passes.median > 0
+    assert (cost.branches, cost.flops_ratio) == (2, 2.0)
 
 
 def test_disabled_leaves_the_model_unwrapped(model, prompt) -> None:
