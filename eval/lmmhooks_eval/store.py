@@ -60,14 +60,18 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
             if (path / CONFIG).exists():
                 self._continue(config, resume)
-            self.write_text(CONFIG, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True, width=120))
             self._stream = open(path / SAMPLES, "ab", buffering=0)  # noqa: SIM115 - open as long as the run
+            _lock(self._stream, path)
+            self.write_text(CONFIG, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True, width=120))
             self._cut_torn_line()
         except OSError as error:
             self.close()
             raise StoreError(
                 f"run folder {path} cannot be written: {error.strerror or error}; choose another with --out"
             ) from error
+        except StoreError:
+            self.close()
+            raise
         # Lines of failed documents are kept as history, but do not count as answered: a continued run tries again.
         self.answered = {record["key"] for record in read_samples(path) if "error" not in record}
 
@@ -138,6 +142,18 @@ class RunFolder:
         data = path.read_bytes()
         if data and not data.endswith(b"\n"):
             os.truncate(path, data.rfind(b"\n") + 1)
+
+
+def _lock(stream: IO[bytes], path: Path) -> None:
+    """Keep a second process off the run; the lock goes with the process, however it ends."""
+    try:
+        import fcntl
+    except ImportError:  # Windows has no advisory locks of this kind; there the user has to take care
+        return
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise StoreError(f"another process is writing to {path}; wait for it or choose another --out") from error
 
 
 def default_folder(root: Path, name: str, *, resume: bool = False) -> Path:

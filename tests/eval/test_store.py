@@ -62,6 +62,12 @@ def test_resume_allows_what_changes_no_answer(tmp_path: Path) -> None:
     assert read_config(tmp_path)["batch_size"] == 2
 
 
+def test_two_processes_cannot_write_one_run(tmp_path: Path) -> None:
+    with RunFolder(tmp_path, CONFIG), pytest.raises(StoreError, match="another process is writing"):
+        RunFolder(tmp_path, CONFIG, resume=True)
+    RunFolder(tmp_path, CONFIG, resume=True).close()
+
+
 def test_a_torn_last_line_is_dropped_and_cut_off(tmp_path: Path) -> None:
     with RunFolder(tmp_path, CONFIG) as folder:
         folder.append(_records("a"))
