@@ -130,6 +130,10 @@ class Family(ModelInputs):
 
     # -- geometry --------------------------------------------------------------------------------------------
 
+    def token_counts(self, vision: VisionInputs) -> list[int]:
+        """Visual tokens in the prompt for every feature entry of a call, after any expansion."""
+        return vision.lengths()
+
     def group_entries(self, positions: Sequence[Tensor]) -> list[int]:
         """
         How many consecutive feature entries of a row make up each image.
@@ -228,7 +232,7 @@ class Family(ModelInputs):
 
     def _entries(self, vision: VisionInputs) -> list[int]:
         """Tokens of every image of a call, before any expansion."""
-        lengths = vision.lengths()
+        lengths = self.token_counts(vision)
         copies = len(lengths) // vision.num_entries if vision.num_entries else 1
         if copies > 1:
             raise ModelError("scores of the vision tower were asked for after the features were expanded for beams")

@@ -241,6 +241,8 @@ class _Family(Protocol):
     image_token_id: int
     video_token_id: int | None
 
+    def token_counts(self, vision: VisionInputs) -> list[int]: ...
+
     def group_entries(self, positions: Sequence[Tensor]) -> list[int]: ...
 
     def image_tokens(self, vision: VisionInputs, source: int, num_tokens: int) -> ImageTokens: ...
@@ -319,7 +321,7 @@ def _spans_of_call(ids: Tensor, attended: Tensor, family: _Family, call: VisionI
         raise PromptError(f"{call.modality} features were given, but this model has no {call.modality} token")
     batch = ids.shape[0]
     where = [(ids[row] == token_id).nonzero().flatten() for row in range(batch)]
-    lengths = call.lengths()
+    lengths = family.token_counts(call)
     copies = len(lengths) // call.num_entries if call.num_entries else 1
     total = sum(len(positions) for positions in where)
     if total != sum(lengths) or copies * call.num_entries != len(lengths) or batch % max(copies, 1):

@@ -102,6 +102,10 @@ class Change:
         self.vision = first[which]
         outputs = (self.vision.output.pooler_output, second[which].output.pooler_output)
         entries = [(b - a).norm(dim=-1) for a, b in zip(*outputs, strict=True)]
+        # Newlines that are appended after the encoder (older transformers) change as little as those inside.
+        counts = self.family.token_counts(self.vision)
+        missing = [count - len(entry) for count, entry in zip(counts, entries, strict=True)]
+        entries = [torch.nn.functional.pad(entry, (0, num)) for num, entry in zip(missing, entries, strict=True)]
         self.tokens, start = [], 0
         assert self.vision.entries_per_image is not None
         for size in self.vision.entries_per_image:

@@ -24,6 +24,11 @@ class LlavaOnevisionFamily(LlavaNextFamily):
 
     model_types: ClassVar[tuple[str, ...]] = ("llava_onevision",)
 
+    @property
+    def _pooled_side(self) -> int:
+        """Side of the token grid of a video frame."""
+        return -(-self._side // 2)
+
     def crops_of(self, vision: VisionInputs) -> list[int]:
         if vision.modality == "video":
             videos, frames = vision.kwargs[vision.pixels_name].shape[:2]
@@ -34,10 +39,18 @@ class LlavaOnevisionFamily(LlavaNextFamily):
         alone = [count == 1 for count in vision.host("batch_num_images") for _ in range(count)]
         return [num if single else 1 for num, single in zip(crops, alone, strict=True)]
 
+    def token_counts(self, vision: VisionInputs) -> list[int]:
+        counts = super().token_counts(vision)
+        if vision.modality == "image":
+            return counts
+        # Before 5.20, the newline of a video is appended by forward, not by the encoder.
+        per_frame = self._pooled_side**2
+        return [count + (count % per_frame == 0) for count in counts]
+
     def image_tokens(self, vision: VisionInputs, source: int, num_tokens: int) -> ImageTokens:
         if vision.modality == "image":
             return super().image_tokens(vision, source, num_tokens)
-        side = -(-self._side // 2)
+        side = self._pooled_side
         num_frames, newlines = divmod(num_tokens, side**2)
         if newlines != 1:
             raise PromptError(
