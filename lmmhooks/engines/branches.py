@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from lmmhooks.compat import takes_encoder_outputs
+from lmmhooks.compat import pixels_argument, takes_encoder_outputs
+from lmmhooks.engines.branch_rows import entry_order, grids_of, left_pad, position_after, shift_sources, tokens_of
 from lmmhooks.engines.branch_vision import BranchEncoder, EncodedImages, Entry, entries_of, with_entries
 from lmmhooks.engines.runtime import ENCODERS
 from lmmhooks.errors import MethodError, PromptError
@@ -99,9 +100,11 @@ class PromptStacker:
             if encoder is None:
                 continue
             names = {*inspect.signature(encoder).parameters, "image_sizes"} - {"kwargs"}
-            arguments = {key: kwargs[key] for key in names if kwargs.get(key) is not None}
-            taken.update(names & kwargs.keys())
-            if PIXELS[modality] in arguments:
+            taken.update({*names, PIXELS[modality]} & kwargs.keys())
+            if kwargs.get(PIXELS[modality]) is not None:
+                shared = names - set(PIXELS.values())
+                arguments = {key: kwargs[key] for key in shared if kwargs.get(key) is not None}
+                arguments[pixels_argument(modality, names)] = kwargs[PIXELS[modality]]
                 outputs[modality] = encoder(**arguments, return_dict=True)
         left = {key: value for key, value in kwargs.items() if key not in taken}
         return {**left, "mm_encoder_outputs": outputs}
@@ -124,7 +127,9 @@ class PromptStacker:
         for modality in outputs:
             record = self.encoder.record_of(encoded["mm_encoder_outputs"][modality])
             assert record is not None, "a model whose forward takes no features cannot have been given any"
-            kwargs = {**record.arguments, **kwargs}
+            arguments = dict(record.arguments)
+            arguments[PIXELS[modality]] = arguments.pop(pixels_argument(modality, arguments))
+            kwargs = {**arguments, **kwargs}
         return kwargs
 
     # -- rows ----------------------------------------------------------------------------------------------------------
@@ -145,7 +150,7 @@ class PromptStacker:
         PromptError
             Inputs that some branch cannot be made from.
         """
-        input_ids, mask = _tokens(kwargs)
+        input_ids, mask = tokens_of(kwargs)
         outputs: dict[str, Any] = kwargs["mm_encoder_outputs"]
         records = {modality: self._record(modality, output) for modality, output in outputs.items()}
         texts = self._texts(input_ids, mask)
@@ -186,8 +191,7 @@ class PromptStacker:
         edited = [rows, *([self._edit(row, branch) for row in rows] for branch in self.branches)]
         length = max(len(row) for block in edited for row in block)
         return [
-            (_left_pad(block, length), _left_pad([torch.ones_like(r) for r in block], length).bool())
-            for block in edited
+            (left_pad(block, length), left_pad([torch.ones_like(r) for r in block], length).bool()) for block in edited
         ]
 
     def _edit(self, row: Tensor, branch: Branch) -> Tensor:
@@ -229,7 +233,7 @@ class PromptStacker:
     ) -> Tensor:
         given = kwargs.get("position_ids")
         if given is None:
-            return self.family.position_ids(*text, **_grids(kwargs, layout, visions))
+            return self.family.position_ids(*text, **grids_of(kwargs, layout, visions))
         given = given.expand(*given.shape[:-2], *mask.shape)
         if self.family.mrope and given.ndim == 2:
             given = given.expand(4, -1, -1)
@@ -264,13 +268,13 @@ class PromptStacker:
                     "only text may be edited in a branch with an image"
                 )
             layout = build_layout(*text, self.family, list(visions.values()))
-            positions = self.family.position_ids(*text, **_grids(kwargs, layout, visions))
+            positions = self.family.position_ids(*text, **grids_of(kwargs, layout, visions))
         entries = dict(main.entries)
         if branch.image == "pixels":
             for modality, record in records.items():
                 assert record is not None
                 block = record.block(branch.name)
-                entries[modality] = [block[i] for i in _row_order(main.layout, modality, visions[modality])]
+                entries[modality] = [block[i] for i in entry_order(main.layout, modality, visions[modality])]
         return _Reading(*text, positions, layout, entries)
 
     def _join(
@@ -299,7 +303,7 @@ class PromptStacker:
         if rest.get("token_type_ids") is not None:
             rest["token_type_ids"] = self._repeat_types(rest["token_type_ids"], len(readings))
         layouts, joint = self._place(readings, records, visions)
-        return StackedPrompt({**rest, **joined}, padded, _after(positions, mask), Layout.stack(layouts), joint)
+        return StackedPrompt({**rest, **joined}, padded, position_after(positions, mask), Layout.stack(layouts), joint)
 
     def _repeat_types(self, types: Tensor, times: int) -> Tensor:
         if not self.same_tokens:
@@ -330,70 +334,5 @@ class PromptStacker:
             joint.append(record.joint)
             for row, name in enumerate(names):
                 shift = record.blocks.get(name, 0) * len(images)
-                layouts[row] = _shift_sources(layouts[row], modality, shift)
+                layouts[row] = shift_sources(layouts[row], modality, shift)
         return layouts, joint
-
-
-def _tokens(kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """``[B, N]`` tokens and bool mask of a forward that reads a prompt."""
-    input_ids = kwargs.get("input_ids")
-    if input_ids is None:
-        raise PromptError(
-            "the prompt was given as inputs_embeds, from which no other branch can be made; pass input_ids and pixels"
-        )
-    mask = kwargs.get("attention_mask")
-    if mask is None:
-        return input_ids, torch.ones_like(input_ids, dtype=torch.bool)
-    if not isinstance(mask, Tensor) or mask.shape != input_ids.shape:
-        shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        raise PromptError(
-            f"attention_mask is {shape}; decoding methods need [batch, length] = {list(input_ids.shape)}, 0 for padding"
-        )
-    return input_ids, mask.bool()
-
-
-def _left_pad(rows: Sequence[Tensor], length: int) -> Tensor:
-    return torch.stack([torch.nn.functional.pad(row, (length - len(row), 0)) for row in rows])
-
-
-def _grids(kwargs: Mapping[str, Any], layout: Layout, visions: Mapping[str, VisionInputs]) -> dict[str, Tensor]:
-    """What positions of images depend on, one row per image of ``layout``, beam copies included."""
-    grids = {}
-    for modality, vision in visions.items():
-        name = f"{modality}_grid_thw"
-        if vision.kwargs.get(name) is not None:
-            sources = [span.source for span in _in_row_order(layout, modality)]
-            grids[name] = vision.kwargs[name][sources]
-    if kwargs.get("second_per_grid_ts") is not None:
-        grids["second_per_grid_ts"] = kwargs["second_per_grid_ts"]
-    return grids
-
-
-def _in_row_order(layout: Layout, modality: str) -> list[Any]:
-    # Sources ascend within a row, whereas an image that is masked away has no position to sort by.
-    spans = [span for span in layout.spans if span.modality == modality]
-    return sorted(spans, key=lambda span: (span.sample, span.source))
-
-
-def _row_order(layout: Layout, modality: str, vision: VisionInputs) -> list[int]:
-    """Entry of every image of every row, counted before beam expansion."""
-    sizes = vision.entries_per_image or ()
-    starts = [sum(sizes[:image]) for image in range(len(sizes))]
-    return [
-        starts[span.source] + offset for span in _in_row_order(layout, modality) for offset in range(sizes[span.source])
-    ]
-
-
-def _shift_sources(layout: Layout, modality: str, shift: int) -> Layout:
-    if not shift:
-        return layout
-    spans = (replace(s, source=s.source + shift) if s.modality == modality else s for s in layout.spans)
-    return Layout(layout.segment, tuple(spans))
-
-
-def _after(positions: Tensor, mask: Tensor) -> Tensor:
-    """``[..., B]`` position of the token after the prompt; a common one for the axes of an image."""
-    last = positions.masked_fill(~mask, -1).amax(dim=-1)
-    if last.ndim == 2:
-        last = torch.cat([last[:1], last[1:].amax(dim=0, keepdim=True).expand(3, -1)])
-    return last + 1

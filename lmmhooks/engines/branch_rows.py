@@ -1,0 +1,85 @@
+"""Rows of a stacked prompt: padding, positions, and the order of its images. Pure functions on tensors and layouts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lmmhooks.errors import PromptError
+from lmmhooks.layout import Layout, VisualSpan
+from lmmhooks.vision import VisionInputs
+
+__all__ = ["entry_order", "grids_of", "left_pad", "position_after", "shift_sources", "tokens_of"]
+
+
+def tokens_of(kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """``[B, N]`` tokens and bool mask of a forward that reads a prompt."""
+    input_ids = kwargs.get("input_ids")
+    if input_ids is None:
+        raise PromptError(
+            "the prompt was given as inputs_embeds, from which no other branch can be made; pass input_ids and pixels"
+        )
+    mask = kwargs.get("attention_mask")
+    if mask is None:
+        return input_ids, torch.ones_like(input_ids, dtype=torch.bool)
+    if not isinstance(mask, Tensor) or mask.shape != input_ids.shape:
+        shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise PromptError(
+            f"attention_mask is {shape}; decoding methods need [batch, length] = {list(input_ids.shape)}, 0 for padding"
+        )
+    return input_ids, mask.bool()
+
+
+def left_pad(rows: Sequence[Tensor], length: int) -> Tensor:
+    """``[B, length]`` from rows ``[n_b]``, zeros on the left."""
+    return torch.stack([torch.nn.functional.pad(row, (length - len(row), 0)) for row in rows])
+
+
+def grids_of(kwargs: Mapping[str, Any], layout: Layout, visions: Mapping[str, VisionInputs]) -> dict[str, Tensor]:
+    """What positions of images depend on, one row per image of ``layout``, beam copies included."""
+    grids = {}
+    for modality, vision in visions.items():
+        name = f"{modality}_grid_thw"
+        if vision.kwargs.get(name) is not None:
+            sources = [span.source for span in _spans_in_order(layout, modality)]
+            grids[name] = vision.kwargs[name][sources]
+    if kwargs.get("second_per_grid_ts") is not None:
+        grids["second_per_grid_ts"] = kwargs["second_per_grid_ts"]
+    return grids
+
+
+def _spans_in_order(layout: Layout, modality: str) -> list[VisualSpan]:
+    # Sources ascend within a row, whereas an image that is masked away has no position to sort by.
+    spans = [span for span in layout.spans if span.modality == modality]
+    return sorted(spans, key=lambda span: (span.sample, span.source))
+
+
+def entry_order(layout: Layout, modality: str, vision: VisionInputs) -> list[int]:
+    """Entry of every image of every row, counted before beam expansion."""
+    sizes = vision.entries_per_image or ()
+    starts = [sum(sizes[:image]) for image in range(len(sizes))]
+    return [
+        starts[span.source] + offset
+        for span in _spans_in_order(layout, modality)
+        for offset in range(sizes[span.source])
+    ]
+
+
+def shift_sources(layout: Layout, modality: str, shift: int) -> Layout:
+    """The layout with the images of a modality counted from ``shift`` on."""
+    if not shift:
+        return layout
+    spans = (replace(s, source=s.source + shift) if s.modality == modality else s for s in layout.spans)
+    return Layout(layout.segment, tuple(spans))
+
+
+def position_after(positions: Tensor, mask: Tensor) -> Tensor:
+    """``[..., B]`` position of the token after the prompt; a common one for the axes of an image."""
+    last = positions.masked_fill(~mask, -1).amax(dim=-1)
+    if last.ndim == 2:
+        last = torch.cat([last[:1], last[1:].amax(dim=0, keepdim=True).expand(3, -1)])
+    return last + 1
