@@ -70,6 +70,7 @@ class Runtime:
         """Layout and encoder calls of the coming prompt, from an engine that made its rows itself."""
         self._states: WeakKeyDictionary[Cache, PromptState] = WeakKeyDictionary()
         self._marker: Any = None
+        self._encoding = False
 
     @property
     def last_state(self) -> PromptState:
@@ -186,11 +187,18 @@ class Runtime:
 
         @functools.wraps(original)
         def watched(*args: Any, **kwargs: Any) -> Any:
+            if self._encoding:
+                # Some models encode videos by calling their image encoder; the outer call is the one that counts.
+                return original(*args, **kwargs)
             given = signature.bind_partial(*args, **kwargs).arguments
             arguments = {**given.pop("kwargs", {}), **given}
             self.readings = {}
             run = self.encoder_hook or (lambda modality, encode, arguments: encode(**arguments))
-            output = run(modality, original, arguments)
+            self._encoding = True
+            try:
+                output = run(modality, original, arguments)
+            finally:
+                self._encoding = False
             vision = VisionInputs(modality, arguments, output, probes=self.readings)
             self.encoded.append(vision)
             if self.current is not None:
