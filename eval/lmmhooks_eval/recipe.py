@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
+from lmmhooks_eval.errors import RecipeError
+
 if TYPE_CHECKING:
     from lmmhooks.methods.base import Method
 
-__all__ = ["BASELINE", "GenerationOverrides", "Recipe", "StatisticsSettings", "TaskPlan"]
+__all__ = ["BASELINE", "GenerationOverrides", "Recipe", "StatisticsSettings", "TaskPlan", "refuse_twins"]
 
 BASELINE = "baseline"
 """Name of the variant that every recipe has without listing it: the model as it is."""
@@ -138,6 +140,8 @@ class Recipe(_Strict):
         ------
         MethodError
             For an unknown method or a setting that is not allowed; the message names the variant.
+        RecipeError
+            If two variants are the same.
         """
         from lmmhooks.errors import MethodError
         from lmmhooks.methods import resolve
@@ -148,6 +152,7 @@ class Recipe(_Strict):
                 built[name] = tuple(resolve(spec) for spec in specs)
             except MethodError as error:
                 raise MethodError(f"variant {name!r}: {error}") from error
+        refuse_twins(built)
         return built
 
     def expanded(self) -> dict[str, Any]:
@@ -159,3 +164,19 @@ class Recipe(_Strict):
             if methods
         }
         return data
+
+
+def refuse_twins(methods: Mapping[str, tuple[Method, ...]]) -> None:
+    """
+    Raise `RecipeError` if two variants are the same methods with the same settings.
+
+    An answer belongs to its methods, not to the name of a variant: of two that are the same, one would stay empty.
+    """
+    names: dict[str, str] = {}
+    for name, built in methods.items():
+        settings = repr([(method.id, method.settings()) for method in built])
+        if settings in names:
+            raise RecipeError(
+                f"variants {names[settings]!r} and {name!r} are the same methods with the same settings; drop one"
+            )
+        names[settings] = name

@@ -25,7 +25,7 @@ from lmmhooks_eval.identity import ModelIdentity, answer_key, item_seed
 from lmmhooks_eval.loading import load_model
 from lmmhooks_eval.plan import Item, batches, prepare, select
 from lmmhooks_eval.progress import RunProgress
-from lmmhooks_eval.recipe import Recipe, TaskPlan
+from lmmhooks_eval.recipe import Recipe, TaskPlan, refuse_twins
 from lmmhooks_eval.score import Tally
 from lmmhooks_eval.selftest import self_test
 from lmmhooks_eval.store import ENVIRONMENT, Record, RunFolder
@@ -138,6 +138,7 @@ class Runner:
                 # answers.
                 with self._wrap(methods) as patch:
                     self.methods[variant] = patch.methods
+        refuse_twins(self.methods)  # again: what was measured may have made two of them equal
         prepared = [(plan, task, self._items(plan, task)) for plan, task in plans]
         record = environment.describe(
             self.model, asdict(self.identity), {task.name: asdict(task.source()) for _, task in plans}

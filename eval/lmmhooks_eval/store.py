@@ -154,6 +154,8 @@ def _lock(stream: IO[bytes], path: Path) -> None:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise StoreError(f"another process is writing to {path}; wait for it or choose another --out") from error
+    except OSError:
+        return  # a file system without locks; the run is as safe as it was before
 
 
 def default_folder(root: Path, name: str, *, resume: bool = False) -> Path:

@@ -23,11 +23,12 @@ def _file(folder: Path, text: str) -> str:
 
 
 def test_a_bare_task_and_a_bare_method_need_no_wrapping() -> None:
-    recipe = recipes.build({**MINIMAL, "variants": {"v": "var(p=0.5)", "w": {"var": {"p": 0.5}}}}, "here")
-    assert recipe.tasks[0].name == "scenes-pope"
-    assert recipe.methods()["v"] == recipe.methods()["w"]
-    assert list(recipe.methods()) == ["baseline", "v", "w"]
-    assert recipe.methods()["baseline"] == ()
+    call = recipes.build({**MINIMAL, "variants": {"v": "var(p=0.5)"}}, "here")
+    mapping = recipes.build({**MINIMAL, "variants": {"v": {"var": {"p": 0.5}}}}, "here")
+    assert call.tasks[0].name == "scenes-pope"
+    assert call.methods() == mapping.methods()
+    assert list(call.methods()) == ["baseline", "v"]
+    assert call.methods()["baseline"] == ()
 
 
 def test_expanded_recipe_is_a_recipe_with_every_setting() -> None:
@@ -78,6 +79,12 @@ def test_a_missing_key_is_named() -> None:
 def test_methods_are_checked_with_the_variants_name() -> None:
     recipe = recipes.build({**MINIMAL, "variants": {"boost": ["varr"]}}, "r.yaml")
     with pytest.raises(MethodError, match=r"variant 'boost': unknown method 'varr'.*did you mean 'var'"):
+        recipe.methods()
+
+
+def test_two_variants_of_the_same_methods_are_refused() -> None:
+    recipe = recipes.build({**MINIMAL, "variants": {"a": "var", "b": {"var": {"p": 0.6}}}}, "r.yaml")
+    with pytest.raises(RecipeError, match="variants 'a' and 'b' are the same methods"):
         recipe.methods()
 
 
