@@ -5,7 +5,7 @@ PYTEST_FLAGS ?=
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help env demo test lint types wheel-test docs clean
+.PHONY: help env demo test lint types wheel-test support bench docs clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -31,6 +31,22 @@ types: env ## mypy over both packages
 
 wheel-test: env ## build the wheel, install it elsewhere and use it from another folder
 	$(BIN)/python -m pytest -m packaging
+
+support: env ## run the conformance matrix and store what ran where, for `lmmhooks methods` and the README
+	$(BIN)/python -m pytest -q tests/conformance --write-support lmmhooks/support.json
+
+# Shapes small enough for two CPU cores; on an accelerator give LAYERS=32 VISION_LAYERS=24 and more rounds.
+LAYERS ?= 2
+VISION_LAYERS ?= 4
+ROUNDS ?= 7
+DTYPE ?= bfloat16
+BENCH = $(BIN)/lmmhooks bench --layers $(LAYERS) --vision-layers $(VISION_LAYERS) --repeat $(ROUNDS) --dtype $(DTYPE)
+
+bench: env ## measure the tables of docs/benchmarks again (best on an idle machine), then run `make docs`
+	$(BENCH) --config llava-1.5-7b-shape --method "var(sink_dims='any', skip_layers=())" --method "fastervlm(keep=64)" \
+	  --method "fastv(keep=64, layer=1)" --method vcd --method "fastervlm(keep=64) + vcd" --out docs/benchmarks/llava-1.5-7b.json
+	$(BENCH) --config llava-next-7b-shape --decode-tokens 4 --method "var(sink_dims='any', skip_layers=())" \
+	  --out docs/benchmarks/llava-next-7b.json
 
 docs: env ## regenerate the tables of README.md and docs/ from their result files
 	$(BIN)/python docs/build.py
