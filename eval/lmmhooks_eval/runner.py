@@ -143,12 +143,12 @@ class Runner:
         record = environment.describe(
             self.model, asdict(self.identity), {task.name: asdict(task.source()) for _, task in plans}
         )
-        self.folder.write_json(ENVIRONMENT, record)
         record["methods"] = {
             variant: [{"id": method.id, "settings": method.settings()} for method in methods]
             for variant, methods in self.methods.items()
         }
         record["self_test"] = self._self_test(*prepared[0])
+        self.folder.write_json(ENVIRONMENT, record)
         passes = [
             Pass(plan, task, variant, methods, self._generation(plan, task), self._batches(plan, task, items))
             for plan, task, items in prepared

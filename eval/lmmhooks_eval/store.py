@@ -45,7 +45,7 @@ class RunFolder:
     config
         The expanded recipe.
     resume
-        Continue the run that is there. Without it, a folder that holds a run is refused.
+        Continue the run that is there. Without it, a folder that holds answers is refused.
 
     Raises
     ------
@@ -58,7 +58,7 @@ class RunFolder:
         self._stream: IO[bytes] | None = None
         try:
             path.mkdir(parents=True, exist_ok=True)
-            if (path / CONFIG).exists():
+            if (path / CONFIG).exists() and _has_answers(path):
                 self._continue(config, resume)
             self._stream = open(path / SAMPLES, "ab", buffering=0)  # noqa: SIM115 - open as long as the run
             _lock(self._stream, path)
@@ -78,8 +78,10 @@ class RunFolder:
     def __enter__(self) -> RunFolder:
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         self.close()
+        if kind is not None and not _has_answers(self.path):
+            self._discard()
 
     def close(self) -> None:
         """Close the file of answers; the folder stays readable."""
@@ -137,11 +139,23 @@ class RunFolder:
             listed = "; ".join(differing[:4]) + (f"; and {len(differing) - 4} more" if len(differing) > 4 else "")
             raise StoreError(f"{self.path} holds a run of another recipe ({listed}); choose another --out")
 
+    def _discard(self) -> None:
+        """Take back a folder without answers, so that a run refused for bad input leaves nothing behind."""
+        with contextlib.suppress(OSError):
+            for name in (CONFIG, SAMPLES, ENVIRONMENT):
+                (self.path / name).unlink(missing_ok=True)
+            self.path.rmdir()  # stays if the user keeps other things in it
+
     def _cut_torn_line(self) -> None:
         path = self.path / SAMPLES
         data = path.read_bytes()
         if data and not data.endswith(b"\n"):
             os.truncate(path, data.rfind(b"\n") + 1)
+
+
+def _has_answers(path: Path) -> bool:
+    samples = path / SAMPLES
+    return samples.exists() and samples.stat().st_size > 0
 
 
 def _lock(stream: IO[bytes], path: Path) -> None:

@@ -147,6 +147,7 @@ def test_bad_input_is_one_line_and_status_2(
     assert line.startswith("error: ")
     for part in parts:
         assert part in line
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_unwritable_folder_is_bad_input(model: Path, tmp_path: Path) -> None:

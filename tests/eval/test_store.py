@@ -33,10 +33,32 @@ def test_what_is_appended_is_read_back(tmp_path: Path) -> None:
     assert read_config(tmp_path / "deep" / "run") == CONFIG
 
 
+def _begin(path: Path) -> None:
+    with RunFolder(path, CONFIG) as folder:
+        folder.append(_records("a"))
+
+
 def test_a_run_is_not_overwritten(tmp_path: Path) -> None:
-    RunFolder(tmp_path, CONFIG).close()
+    _begin(tmp_path)
     with pytest.raises(StoreError, match="already holds a run; continue it with --resume"):
         RunFolder(tmp_path, CONFIG)
+
+
+def test_a_run_that_never_answered_leaves_nothing_behind(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    with pytest.raises(ValueError, match="wrong model"), RunFolder(path, CONFIG):
+        raise ValueError("wrong model")
+    assert not path.exists()
+    _begin(path)
+    with pytest.raises(ValueError, match="later"), RunFolder(path, CONFIG, resume=True):
+        raise ValueError("later")
+    assert [record["key"] for record in read_samples(path)] == ["a"]
+
+
+def test_a_folder_without_answers_can_be_used_again(tmp_path: Path) -> None:
+    RunFolder(tmp_path, CONFIG).close()  # as after a kill before the first answer
+    RunFolder(tmp_path, {**CONFIG, "model": "n"}).close()
+    assert read_config(tmp_path)["model"] == "n"
 
 
 def test_resume_knows_what_is_answered(tmp_path: Path) -> None:
@@ -49,7 +71,7 @@ def test_resume_knows_what_is_answered(tmp_path: Path) -> None:
 
 
 def test_resume_refuses_another_recipe_and_says_what_differs(tmp_path: Path) -> None:
-    RunFolder(tmp_path, CONFIG).close()
+    _begin(tmp_path)
     other = {**CONFIG, "model": "n", "tasks": [{"name": "t", "limit": 5}]}
     with pytest.raises(StoreError, match=r"model: m -> n; tasks\.0\.limit: 4 -> 5"):
         RunFolder(tmp_path, other, resume=True)
@@ -57,7 +79,7 @@ def test_resume_refuses_another_recipe_and_says_what_differs(tmp_path: Path) -> 
 
 
 def test_resume_allows_what_changes_no_answer(tmp_path: Path) -> None:
-    RunFolder(tmp_path, CONFIG).close()
+    _begin(tmp_path)
     RunFolder(tmp_path, {**CONFIG, "batch_size": 2}, resume=True).close()
     assert read_config(tmp_path)["batch_size"] == 2
 
