@@ -256,7 +256,7 @@ class Runtime:
         for call in calls:
             token = self.family.image_token_id if call.modality == "image" else self.family.video_token_id
             num_tokens = int(torch.eq(state.input_ids, -1 if token is None else token).sum())
-            num_features = sum(call.lengths())
+            num_features = sum(self.family.token_counts(call))
             if num_tokens != num_features:
                 raise PromptError(
                     f"the prompt has {num_tokens} {call.modality} tokens but its {call.modality}s give {num_features} "
