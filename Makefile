@@ -47,6 +47,7 @@ bench: env ## measure the tables of docs/benchmarks again (best on an idle machi
 	  --method "fastv(keep=64, layer=1)" --method vcd --method "fastervlm(keep=64) + vcd" --out docs/benchmarks/llava-1.5-7b.json
 	$(BENCH) --config llava-next-7b-shape --decode-tokens 4 --method "var(sink_dims='any', skip_layers=())" \
 	  --out docs/benchmarks/llava-next-7b.json
+	$(BIN)/python scripts/measure_harness.py --out docs/benchmarks/harness.json
 
 docs: env ## regenerate the tables of README.md and docs/ from their result files
 	$(BIN)/python docs/build.py

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -115,12 +116,26 @@ def bench() -> str:
         )
         parts.append(
             f"{', '.join(setting)}. [{path.name}](docs/benchmarks/{path.name}): "
-            f"`{' '.join(environment['command'])}`\n\n" + table(header, rows)
+            f"`{shlex.join(environment['command'])}`\n\n" + table(header, rows)
         )
     return "\n".join(parts)
 
 
-SECTIONS = {"methods": methods, "support": support, "bench": bench}
+def harness() -> str:
+    """Write what the harness adds to bare generation, and the time of the quickstart."""
+    rows = []
+    for path, record in records("harness"):
+        environment = record["environment"]
+        place = f"{environment['device_name']} ({environment['threads']} threads)"
+        link = f"[{path.name}](docs/benchmarks/{path.name})"
+        documents, batch = record["overhead"]["documents"], record["overhead"]["batch_size"]
+        what = f"harness over a bare `generate()` loop, {documents} documents in batches of {batch}"
+        rows.append([what, f"{record['overhead']['overhead']:+.1%}", place, link])
+        rows.append(["`lmmhooks run quickstart`", f"{record['quickstart_seconds']:.0f} s", place, link])
+    return table(["what", "measured", "where", "result file"], rows) if rows else ""
+
+
+SECTIONS = {"methods": methods, "support": support, "bench": bench, "harness": harness}
 
 
 def render(page: Path) -> str:

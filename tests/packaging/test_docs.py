@@ -16,6 +16,7 @@ import lmmhooks
 from lmmhooks.bench.prompts import make_prompt
 from lmmhooks.bench.shapes import build_model
 from lmmhooks.cost import average_visual, solve_cut, visual_schedule
+from lmmhooks.engines.runtime import find_runtime
 
 ROOT = Path(__file__).resolve().parents[2]
 GOTCHAS = ROOT / "docs" / "gotchas"
@@ -72,6 +73,21 @@ def test_commands_of_the_readme_exist() -> None:
     pages = text + (ROOT / "CONTRIBUTING.md").read_text()
     for line in re.findall(r"(?:^|`)make ([a-z -]+?)(?:`|\s+#|$)", pages, re.MULTILINE):
         assert set(line.split()) <= targets, line
+
+
+def test_the_example_of_the_readme_runs(capsys, tmp_path) -> None:
+    """As it stands there, with the bundled model and one of its own images."""
+    (block, *_) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    image = sorted((ROOT / "eval" / "lmmhooks_eval" / "tiny" / "data" / "images").iterdir())[0]
+    code = block.replace('"llava-hf/llava-1.5-7b-hf"', '"tiny-llava"').replace('"photo.jpg"', repr(str(image)))
+    code = code.replace("keep=128", "keep=16")  # the bundled model has 64 visual tokens
+    assert code.count("tiny-llava") == 2
+    names: dict[str, object] = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert capsys.readouterr().out.strip()
+    model = names["model"]
+    assert isinstance(model, torch.nn.Module)
+    assert find_runtime(model) is None
 
 
 @pytest.fixture(scope="module")
