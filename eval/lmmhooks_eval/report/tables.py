@@ -131,6 +131,7 @@ def notes(metrics: Mapping[str, Any]) -> list[str]:
     statistics = metrics["statistics"]
     lines = [
         "No method is claimed to help unless its interval excludes 0.",
+        "Intervals and colours judge one comparison at a time; p is corrected for all of them.",
         f"Intervals cover {100 * statistics['confidence']:g} %: paired bootstrap over images, {statistics['draws']} "
         "draws of the reported metric itself; Wilson's for plain proportions of independent documents.",
         f"p: exact McNemar test (paired t-test for fractional scores), Holm-corrected over the "
