@@ -20,7 +20,7 @@ demo: env ## run the quickstart recipe: baseline and patched variants on the bun
 	$(BIN)/lmmhooks run quickstart
 
 test: env ## the whole test suite, offline
-	$(BIN)/python -m pytest -n auto $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 $(PYTEST_FLAGS)
 
 lint: env ## ruff: rules and format
 	$(BIN)/ruff check .
