@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -10,7 +10,17 @@ from transformers import Cache, DynamicCache
 
 from lmmhooks.errors import PromptError
 
-__all__ = ["BranchCache", "refuse_static"]
+__all__ = ["BranchCache", "Follower", "refuse_static"]
+
+
+class Follower(Protocol):
+    """Something whose rows go with those of a cache."""
+
+    def select(self, rows: Tensor) -> None:
+        """Go on with these of the B rows."""
+
+    def crop(self, num_gone: int) -> None:
+        """Forget as many entries from the end."""
 
 
 def refuse_static(cache: Cache) -> None:
@@ -56,10 +66,8 @@ class BranchCache(DynamicCache):
         self.next_position = next_position
         self.prompt_length: int | None = None
         """Entries of the first layer once the prompt was read: fewer than its tokens where a reducer acts there."""
-        self.on_select: Callable[[Tensor], None] | None = None
-        """Told which of the B rows go on, after the cache itself followed."""
-        self.on_crop: Callable[[int], None] | None = None
-        """Told how many entries went from the end."""
+        self.follower: Follower | None = None
+        """Told what happens to the rows, after the cache itself did it."""
 
     def prompt_read(self) -> None:
         """The prompt is in the cache; what enters from now on continues it."""
@@ -107,8 +115,8 @@ class BranchCache(DynamicCache):
     def crop(self, tokens_to_remove: int) -> None:
         before = self.get_seq_length()
         super().crop(tokens_to_remove)
-        if self.on_crop is not None:
-            self.on_crop(before - self.get_seq_length())
+        if self.follower is not None:
+            self.follower.crop(before - self.get_seq_length())
 
     @property
     def _num_rows(self) -> int:
@@ -123,5 +131,5 @@ class BranchCache(DynamicCache):
         self.next_position = self.next_position.index_select(-1, index)
         if self.mask is not None:
             self.mask = self.mask.index_select(0, index)
-        if self.on_select is not None:
-            self.on_select(rows)
+        if self.follower is not None:
+            self.follower.select(rows)

@@ -132,6 +132,44 @@ class PromptStacker:
             kwargs = {**arguments, **kwargs}
         return kwargs
 
+    def check(self, kwargs: dict[str, Any]) -> None:
+        """
+        Refuse a prompt that some branch cannot be made from, before anything runs.
+
+        Parameters
+        ----------
+        kwargs
+            From `encode`.
+
+        Raises
+        ------
+        PromptError
+            Tokens or mask of a form that cannot be stacked, images or their pixels missing.
+        """
+        input_ids, mask = tokens_of(kwargs)
+        outputs: dict[str, Any] = kwargs["mm_encoder_outputs"]
+        marks = [i for i in (self.family.image_token_id, self.family.video_token_id) if i is not None]
+        visual = torch.isin(input_ids, torch.tensor(marks, device=input_ids.device)) & mask
+        if not outputs and bool(visual.any()):
+            raise PromptError(
+                "the prompt has image tokens but no image was given; pass pixel_values beside input_ids, as the "
+                "model's processor returns them"
+            )
+        if not self.encoder.variants:
+            return
+        bare = (~visual.any(dim=1)).nonzero().flatten().tolist()
+        if bare:
+            raise PromptError(
+                f"{self.method.id} contrasts images, but row {bare[0]} of {len(mask)} has none; "
+                "give every prompt an image, or run text-only prompts inside patch.disabled()"
+            )
+        for modality, output in outputs.items():
+            if self.encoder.record_of(output) is None:
+                raise PromptError(
+                    f"{modality} features were encoded before {self.method.id} was attached, so the pixels of its "
+                    "branches are not known; pass pixel_values instead of mm_encoder_outputs"
+                )
+
     # -- rows ----------------------------------------------------------------------------------------------------------
 
     def stack(self, kwargs: dict[str, Any], with_main: bool) -> StackedPrompt:
@@ -152,14 +190,13 @@ class PromptStacker:
         """
         input_ids, mask = tokens_of(kwargs)
         outputs: dict[str, Any] = kwargs["mm_encoder_outputs"]
-        records = {modality: self._record(modality, output) for modality, output in outputs.items()}
+        records = {modality: self._record(output) for modality, output in outputs.items()}
         texts = self._texts(input_ids, mask)
         visions = {
             modality: record.as_given(outputs[modality]) if record else VisionInputs(modality, {}, outputs[modality])
             for modality, record in records.items()
         }
         layout = build_layout(*texts[0], self.family, list(visions.values()))
-        self._check_images(layout, texts[0][0])
         main = _Reading(
             *texts[0],
             self._main_positions(kwargs, mask, texts[0], layout, visions),
@@ -171,15 +208,10 @@ class PromptStacker:
             readings.append(self._read(branch, main, text, kwargs, records, visions))
         return self._join(kwargs, readings, outputs, records, visions)
 
-    def _record(self, modality: str, output: Any) -> EncodedImages | None:
+    def _record(self, output: Any) -> EncodedImages | None:
         record = self.encoder.record_of(output)
         if record is not None:
             self.encoder.ensure_variants(record)
-        elif self.encoder.variants:
-            raise PromptError(
-                f"{modality} features were encoded before {self.method.id} was attached, so the pixels of its branches "
-                "are not known; pass pixel_values instead of mm_encoder_outputs"
-            )
         return record
 
     def _texts(self, input_ids: Tensor, mask: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -207,21 +239,6 @@ class PromptStacker:
                 "the prompt needs text beside its images"
             )
         return out
-
-    def _check_images(self, layout: Layout, input_ids: Tensor) -> None:
-        if not layout.spans and bool((input_ids == self.family.image_token_id).any()):
-            raise PromptError(
-                "the prompt has image tokens but no image was given; pass pixel_values beside input_ids, as the "
-                "model's processor returns them"
-            )
-        if not self.encoder.variants:
-            return
-        bare = sorted(set(range(layout.batch)) - {span.sample for span in layout.spans if len(span)})
-        if bare:
-            raise PromptError(
-                f"{self.method.id} contrasts images, but row {bare[0]} of {layout.batch} has none; "
-                "give every prompt an image, or run text-only prompts inside patch.disabled()"
-            )
 
     def _main_positions(
         self,

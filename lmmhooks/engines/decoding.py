@@ -105,7 +105,7 @@ class BranchEngine:
         returns_dict = kwargs.get("return_dict")
         call = _Call(
             rows=int(new.shape[0]),
-            logits_to_keep=kwargs.get("logits_to_keep", 0),
+            logits_to_keep=0 if kwargs.get("logits_to_keep") is None else kwargs["logits_to_keep"],
             as_tuple=not (self.family.model.config.return_dict if returns_dict is None else returns_dict),
         )
         kwargs["return_dict"] = True
@@ -125,6 +125,7 @@ class BranchEngine:
     def _begin(self, call: _Call, given: dict[str, Any]) -> dict[str, Any]:
         """Arguments of the forward that reads the prompt."""
         encoded = self.stacker.encode(given)
+        self.stacker.check(encoded)
         if not self._caches(encoded):
             call.generated = self._count_uncached(encoded)
         if not self.lazy:
@@ -163,8 +164,12 @@ class BranchEngine:
             )
         call.cache = cache
         if self.lazy:
-            call.lazy = getattr(cache.on_crop, "__self__", None)
-            assert call.lazy is not None
+            if not isinstance(cache.follower, LazyBranches) or kwargs.get("input_ids") is None:
+                raise PromptError(
+                    f"{self.method.id} with lazy=True continues a prompt it read itself, by input_ids; "
+                    "run the whole prompt under the patch, or set lazy=False"
+                )
+            call.lazy = cache.follower
             call.lazy.push(kwargs["input_ids"])
             return kwargs
         call.blocks = cache.num_branches
@@ -205,7 +210,7 @@ class BranchEngine:
         rows = torch.zeros(kwargs["input_ids"].shape[0], dtype=torch.long, device=kwargs["input_ids"].device)
         # Mask and positions of main rows are the caller's; this cache only tells the branches what happens to the rows.
         cache = BranchCache(inner, 1, None, rows)
-        cache.on_select, cache.on_crop = lazy.select, lazy.crop
+        cache.follower = lazy
         return cache
 
     def _read_lazily(self, prompt: dict[str, Any], logits_to_keep: Any) -> tuple[Tensor, BranchCache]:
@@ -253,7 +258,7 @@ class BranchEngine:
         grown = state.grown if call.generated is None else call.generated
         if call.lazy is None:
             combined = self._combine(main, others, grown)
-            state.branch_steps = 1.0
+            state.branch_steps = 1.0 if self.branches else None
         else:
             combined = self._combine_lazily(call, call.lazy, main, grown)
             state.branch_steps = call.lazy.steps_run / call.lazy.steps

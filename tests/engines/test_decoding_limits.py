@@ -116,14 +116,29 @@ def test_half_precision_noise_is_drawn_before_the_cast():
 # -- refusals --------------------------------------------------------------------------------------------------------
 
 
-def test_prompts_without_an_image_are_refused_by_methods_that_contrast_images():
+@pytest.mark.parametrize("lazy", [False, True])
+def test_prompts_without_an_image_are_refused_by_methods_that_contrast_images(lazy):
+    """Lazy branches too refuse at once, not when they are needed first."""
     zoo = build("llava")
+    method = Vcd(beta=1.0, lazy=lazy)
     text = zoo.inputs(images=0)
-    with lmmhooks.wrap(zoo.model, Vcd()), pytest.raises(PromptError, match="row 0 of 1 has none"):
+    with lmmhooks.wrap(zoo.model, method), pytest.raises(PromptError, match="row 0 of 1 has none"):
         zoo.model.generate(**text, max_new_tokens=1)
     mixed = zoo.inputs(batch=2, images=(1, 0))
-    with lmmhooks.wrap(zoo.model, Vcd()), pytest.raises(PromptError, match="row 1 of 2 has none"):
+    with lmmhooks.wrap(zoo.model, method), pytest.raises(PromptError, match="row 1 of 2 has none"):
         zoo.model.generate(**mixed, max_new_tokens=1)
+
+
+def test_lazy_branches_continue_only_what_they_read():
+    zoo = build("llava")
+    inputs = zoo.inputs()
+    with torch.no_grad():
+        with lmmhooks.wrap(zoo.model, Vcd(beta=0.5)):
+            cache = zoo.model(**inputs).past_key_values
+        with lmmhooks.wrap(zoo.model, Vcd(beta=0.5, lazy=True)), pytest.raises(PromptError, match="lazy=True"):
+            zoo.model(input_ids=inputs["input_ids"][:, -1:], past_key_values=cache)
+        with lmmhooks.wrap(zoo.model, Vcd(beta=0.5)), pytest.raises(PromptError, match="not read under this patch"):
+            zoo.model(input_ids=inputs["input_ids"][:, -1:], past_key_values=cache)
 
 
 def test_image_tokens_without_an_image():
@@ -238,6 +253,20 @@ def filled(branches: int, rows: int, length: int) -> BranchCache:
     return cache
 
 
+class Notes:
+    """A follower that remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.rows: list[list[int]] = []
+        self.gone: list[int] = []
+
+    def select(self, rows: Tensor) -> None:
+        self.rows.append(rows.tolist())
+
+    def crop(self, num_gone: int) -> None:
+        self.gone.append(num_gone)
+
+
 def held(cache: BranchCache) -> list[int]:
     keys = cache.layers[0].keys[:, 0, 0, 0].long().tolist()
     assert cache.next_position.tolist() == keys
@@ -246,8 +275,7 @@ def held(cache: BranchCache) -> list[int]:
 
 def test_row_operations_of_the_cache_act_on_every_branch():
     cache = filled(2, 3, 5)
-    told: list[list[int]] = []
-    cache.on_select = lambda rows: told.append(rows.tolist())
+    cache.follower = follower = Notes()
     cache.reorder_cache(torch.tensor([2, 2, 0]))
     assert held(cache) == [2, 2, 0, 12, 12, 10]
     assert cache.mask[:, 0].tolist() == [True, True, False, True, True, True]
@@ -255,13 +283,12 @@ def test_row_operations_of_the_cache_act_on_every_branch():
     assert held(cache) == [2, 0, 12, 10]
     cache.batch_repeat_interleave(2)
     assert held(cache) == [2, 2, 0, 0, 12, 12, 10, 10]
-    assert told == [[2, 2, 0], [1, 2], [0, 0, 1, 1]]
+    assert follower.rows == [[2, 2, 0], [1, 2], [0, 0, 1, 1]]
 
 
 def test_positions_and_mask_follow_the_cache_when_it_is_cropped():
     cache = filled(2, 2, 5)
-    gone: list[int] = []
-    cache.on_crop = gone.append
+    cache.follower = follower = Notes()
     new = torch.zeros(4, 2, 3, 4)
     cache.update(new, new, 0)
     mask, positions = cache.continuation(2)
@@ -271,7 +298,7 @@ def test_positions_and_mask_follow_the_cache_when_it_is_cropped():
     mask, positions = cache.continuation(1)
     assert mask.shape == (4, 5 + 1 + 1)
     assert positions.tolist() == [[1], [2], [11], [12]]
-    assert gone == [2]
+    assert follower.gone == [2]
 
 
 def test_the_original_cache_sees_the_same_layers():
