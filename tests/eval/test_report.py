@@ -22,7 +22,7 @@ def run(tmp_path: Path) -> Path:
     records = [answer(doc, "baseline", opposite(doc) if i < 18 else perfect(doc)) for i, doc in enumerate(docs)]
     records += [answer(doc, "v", perfect(doc)) for doc in docs]
     records += [answer(doc, "<b>w", opposite(doc) if i < 17 else perfect(doc)) for i, doc in enumerate(docs)]
-    return write_run(tmp_path / "run", records, variants={"v": ["var"], "<b>w": ["var"]})
+    return write_run(tmp_path / "run", records, variants={"v": ["var"], "<b>w": ["vcd"]})
 
 
 def test_only_an_interval_that_excludes_zero_is_emphasised(run: Path) -> None:

@@ -86,7 +86,7 @@ def test_holm_runs_over_all_comparisons_of_the_run(tmp_path: Path) -> None:
     docs = documents()
     texts = {"baseline": opposite, "v": perfect, "w": opposite}
     records = [answer(doc, variant, text(doc)) for variant, text in texts.items() for doc in docs]
-    scored = score_run(write_run(tmp_path, records, variants={"v": ["var"], "w": ["var"]}))
+    scored = score_run(write_run(tmp_path, records, variants={"v": ["var"], "w": ["vcd"]}))
     assert scored["statistics"]["family_size"] == 2
     test = scored["tasks"]["scenes-pope"]["variants"]["v"]["test"]
     assert test["p_holm"] == pytest.approx(2 * test["p"])
