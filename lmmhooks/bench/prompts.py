@@ -105,16 +105,20 @@ def make_prompt(
         )
 
     before = min(prefix, text - 1)
-    vocabulary = config.get_text_config().vocab_size
-    special = {value for name, value in config.to_dict().items() if name.endswith(("token_id", "token_index"))}
-    # Ids from the start of the vocabulary: special tokens of every supported family stand at its end.
-    plain = min([vocabulary, *(value for value in special if isinstance(value, int) and value > 100)])
-    ids = torch.randint(5, plain, (batch, text + found), generator=generator)
+    plain = _plain_ids(config)
+    ids = plain[torch.randint(0, len(plain), (batch, text + found), generator=generator)]
     ids[:, before : before + found] = config.image_token_id
     inputs = {"input_ids": ids.to(weight.device), "attention_mask": torch.ones_like(ids).to(weight.device), **images}
     if hasattr(getattr(model, "model", model), "get_rope_index"):
         inputs["mm_token_type_ids"] = (inputs["input_ids"] == config.image_token_id).int()
     return Prompt(inputs, batch, text, found)
+
+
+def _plain_ids(config: Any) -> Tensor:
+    """Ids that stand for text: those that the configuration gives no other meaning."""
+    special = {value for name, value in config.to_dict().items() if name.endswith(("token_id", "token_index"))}
+    ids = torch.arange(config.get_text_config().vocab_size)
+    return ids[~torch.isin(ids, torch.tensor([value for value in special if isinstance(value, int)]))]
 
 
 def _visual_tokens(model: PreTrainedModel, images: dict[str, Tensor], batch: int) -> int:

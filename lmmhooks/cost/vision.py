@@ -96,13 +96,15 @@ class VisionShape:
         ffn_width = getattr(config, "intermediate_size", None) or int(width * config.mlp_ratio)
         patch = config.patch_size if isinstance(config.patch_size, (list, tuple)) else [config.patch_size] * 2
         channels = getattr(config, "num_channels", None) or getattr(config, "in_channels", 3)
+        frames = getattr(config, "temporal_patch_size", 1)
+        frames = frames[0] if isinstance(frames, (list, tuple)) else frames
         window = getattr(config, "window_size", None) or 0
         full = getattr(config, "fullatt_block_indexes", None) or ()
         return cls(
             layers=layers,
             width=width,
             ffn_width=ffn_width,
-            patch_inputs=channels * patch[0] * patch[1] * getattr(config, "temporal_patch_size", 1),
+            patch_inputs=channels * patch[0] * patch[1] * frames,
             class_tokens=trait.class_tokens,
             gated_ffn=trait.gated_ffn,
             window_patches=(window // patch[0]) ** 2 if full else 0,

@@ -11,6 +11,7 @@ from transformers import AutoModelForImageTextToText
 from lmmhooks.bench import shapes
 from lmmhooks.bench.prompts import make_prompt
 from lmmhooks.errors import LmmhooksError
+from tests.zoo import build
 
 # Parameters of the public checkpoints in billions, as their model cards print them.
 PUBLISHED = {
@@ -88,6 +89,15 @@ def test_prompts_run(name, asked, visual, monkeypatch) -> None:
         # Random weights have no end token: the whole length is generated, so decode steps can be counted.
         ids = model.generate(**prompt.inputs, max_new_tokens=3)
     assert ids.shape[1] == 10 + visual + 3
+
+
+def test_text_holds_no_image_tokens_wherever_their_id_stands() -> None:
+    """Bundled and hand-made models have their special ids at the start of a small vocabulary."""
+    model = build("llava").model
+    assert model.config.image_token_id < 8
+    prompt = make_prompt(model, batch=8, text=200)
+    is_image = prompt.inputs["input_ids"] == model.config.image_token_id
+    assert is_image.sum(1).tolist() == [prompt.visual] * 8
 
 
 def test_special_vision_layers_move_in_proportion() -> None:

@@ -7,6 +7,8 @@ import json
 import pytest
 
 from tests.cli.invoke import invoke
+from tests.test_loading import save
+from tests.zoo import build
 
 QUICK = ("bench", "--config", "test-shape", "--repeat", "2", "--decode-tokens", "2", "--device", "cpu")
 
@@ -30,6 +32,28 @@ def test_result_file_and_json_say_the_same(tmp_path) -> None:
     (variant,) = record["variants"]
     assert variant["methods"] == ["var(sink_dims='any')"]
     assert variant["ratios"]["prefill"]["median"] > 0
+
+
+def test_loaded_model(tmp_path) -> None:
+    folder = save("qwen2_5_vl", build("qwen2_5_vl").model, tmp_path)
+    options = (
+        "--visual-tokens",
+        "16",
+        "--text-tokens",
+        "12",
+        "--repeat",
+        "2",
+        "--decode-tokens",
+        "1",
+        "--device",
+        "cpu",
+    )
+    done = invoke("bench", "--model", str(folder), *options, "--method", "random(keep=4)", "--json")
+    assert done.status == 0, done.err
+    record = json.loads(done.out)
+    assert record["visual_tokens"] == 16
+    assert set(record["variants"][0]["visual_kept"]) == {4}
+    assert record["variants"][0]["over_limit"]["median"] > 0
 
 
 def test_table_for_people() -> None:

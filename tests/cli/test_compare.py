@@ -11,7 +11,6 @@ from tests.cli.invoke import invoke
 from tests.test_loading import save
 from tests.zoo import build
 
-
 CHAT = (
     "{% for message in messages %}{% for part in message['content'] %}"
     "{% if part['type'] == 'image' %} <image>{% else %} {{ part['text'] }}{% endif %}"
