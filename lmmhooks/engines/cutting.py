@@ -72,7 +72,7 @@ def select_tokens(
     cut: Cut,
     hidden: Tensor,
     state: PromptState,
-    initial: dict[Key, int],
+    initial: dict[Key, tuple[int, ...]],
     readings: Readings,
 ) -> Selection | None:
     """
@@ -87,7 +87,7 @@ def select_tokens(
     state
         The prompt; the cut acts on its last stage.
     initial
-        Tokens every group had at the method's first cut; filled in at that cut.
+        Tokens of every group, per image, at the method's first cut; filled in at that cut.
     readings
         Values of the method's probes.
 

@@ -114,7 +114,7 @@ def assign_quotas(
     keep: int | float | None,
     count: Callable[[float, int], int],
     split: Callable[[int, Sequence[int]], list[int]],
-    initial: dict[Key, int],
+    initial: dict[Key, tuple[int, ...]],
 ) -> list[Group]:
     """
     Groups with their quotas.
@@ -128,21 +128,21 @@ def assign_quotas(
     count, split
         The method's rounding of shares, and its split of an image's tokens over crops.
     initial
-        Tokens every group had at the method's first cut; filled in here when that cut is this one.
+        `Group.images` at the method's first cut, by group; filled in here when that cut is this one.
     """
     out: list[Group] = []
     for _, members in groupby(groups, key=lambda group: group.key[:2]):
         image = list(members)
         for group in image:
-            initial.setdefault(group.key, len(group))
+            initial.setdefault(group.key, group.images)
         if keep is None:
             quotas = [len(group) for group in image]
         elif isinstance(keep, float):
-            quotas = [min(len(group), count(keep, initial[group.key])) for group in image]
+            quotas = [min(len(group), count(keep, sum(initial[group.key]))) for group in image]
         elif image[0].key[2] >= 0:
             quotas = split(keep, [len(group) for group in image])
         else:
-            quotas = [sum(min(keep, number) for number in group.images) for group in image]
+            quotas = [min(len(group), sum(min(keep, n) for n in initial[group.key])) for group in image]
         out += [replace(group, quota=quota) for group, quota in zip(image, quotas, strict=True)]
     return out
 

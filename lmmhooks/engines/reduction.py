@@ -65,11 +65,10 @@ class ReductionEngine:
         self.readings = Readings(runtime, [probe for method in methods for probe in method.probes(family)])
         self.decoder_probes: list[DecoderProbe] = self.readings.decoder_probes
         self.vision_probes: list[VisionProbe] = self.readings.vision_probes
-        kinds = set(getattr(family.text_config, "layer_types", None) or ()) - {"full_attention"}
-        if self.cuts and kinds:
+        if self.cuts and (odd := _odd_layers(DynamicCache(config=family.text_config))):
             raise ModelError(
-                f"{type(family.text_model).__name__} has layers of type {', '.join(sorted(kinds))}, whose window "
-                "counts tokens that a reduction removes; reduction needs layers that all see everything"
+                f"{type(family.text_model).__name__} has layers whose cache is a {odd}, which counts tokens that a "
+                "reduction removes; reduction needs layers that all see everything"
             )
         renumbers = any(layer > 0 and method.repacks(family) for layer, (method, _) in self.cuts.items())
         if renumbers and not hasattr(family.text_model, "rotary_emb"):
@@ -284,13 +283,18 @@ class ReductionEngine:
         return output
 
 
+def _odd_layers(cache: Any) -> str:
+    """Names of cache layers that do not simply hold every token."""
+    return ", ".join(sorted({type(layer).__name__ for layer in getattr(cache, "layers", ())} - {"DynamicLayer"}))
+
+
 def _refuse_unsupported(kwargs: dict[str, Any]) -> None:
     """Caches whose layers cannot differ in length, and masks that are already prepared for one."""
     cache = kwargs.get("past_key_values")
     if cache is not None:
-        odd = {type(layer).__name__ for layer in getattr(cache, "layers", ())} - {"DynamicLayer"}
+        odd = _odd_layers(cache)
         if not isinstance(cache, DynamicCache) or odd or cache.offloading:
-            kind = "offloaded" if getattr(cache, "offloading", False) else ", ".join(sorted(odd))
+            kind = "offloaded" if getattr(cache, "offloading", False) else odd
             raise PromptError(
                 f"reduction was given a {type(cache).__name__} ({kind}), whose layers cannot differ in length; "
                 "leave out cache_implementation, or pass a plain DynamicCache"

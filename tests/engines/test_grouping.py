@@ -86,15 +86,14 @@ def test_what_remains_is_what_was_chosen_and_all_text(reduction):
             if group.sample == sample:
                 order = group.positions[index]
                 assert torch.equal(row[torch.isin(row, group.positions)], order), "the method's own order"
-        grouped = [group.positions for group in groups if group.sample == sample]
-        rest = layout.visual[sample].nonzero().flatten()
-        newlines = rest[~torch.isin(rest, torch.cat(grouped))] if grouped else rest
-        kept = int(torch.isin(newlines, row).sum())
-        reduced = any(group.quota < len(group) for group in groups if group.sample == sample)
-        if newline == "keep_per_row" or not reduced:
-            assert kept == len(newlines)
-        if newline == "drop" and all(group.quota < len(group) for group in groups if group.sample == sample):
-            assert kept == 0
+        for span in layout.spans_of(sample):
+            newlines = span.positions[(span.tokens.crop < 0) if span.tokens.grids else torch.zeros(len(span)).bool()]
+            places = span.positions[~torch.isin(span.positions, newlines)]
+            kept = int(torch.isin(newlines, row).sum())
+            if newline == "keep_per_row" or (newline != "rank" and torch.isin(places, row).all()):
+                assert kept == len(newlines)
+            elif newline == "drop":
+                assert kept == 0
 
 
 @settings(max_examples=150, deadline=None)
