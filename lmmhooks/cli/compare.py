@@ -29,9 +29,7 @@ def compare(
     dtype: Annotated[str, typer.Option(help="Type of the weights; auto: as they were saved.")] = "auto",
     device: Annotated[str | None, typer.Option(help="Where the model goes; unset: CUDA if there is one.")] = None,
     backend: Annotated[str | None, typer.Option(help="Attention backend; unset: the model's own choice.")] = None,
-    html: Annotated[
-        Path | None, typer.Option(help="Write a page with answers, attention maps and cost.")
-    ] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page with answers, attention maps and cost.")] = None,
     json: JsonOption = False,
 ) -> None:
     """Answer one prompt as the model is and under each variant: texts, probabilities, where it looks, cost."""

@@ -37,6 +37,14 @@ def test_generated_tables_are_up_to_date(builder, capsys) -> None:
     assert builder.main(["--check"]) == 0, capsys.readouterr().out
 
 
+def test_cells_tell_all_from_some_from_refused(builder) -> None:
+    every = dict.fromkeys(builder.MODES, "yes")
+    assert builder._cell(every) == "all"
+    assert builder._cell({**every, "beams": "refused: why"}) == "prefill, decode, padded batch, two images, sampling"
+    assert builder._cell(dict.fromkeys(builder.MODES, "refused: no CLS token")) == "refused: no CLS token"
+    assert builder._cell({}) == "not tested"
+
+
 def test_support_matrix_covers_every_method_and_family(builder) -> None:
     matrix = json.loads((ROOT / "lmmhooks" / "support.json").read_text())
     assert set(matrix) == set(lmmhooks.methods()), "run `make support`"
