@@ -14,6 +14,7 @@ from transformers import DynamicCache, StaticCache
 
 import lmmhooks
 from lmmhooks.engines.branch_cache import BranchCache
+from lmmhooks.engines.lazy_branches import LazyBranches
 from lmmhooks.errors import MethodError, PromptError
 from lmmhooks.family import resolve
 from lmmhooks.methods.decoding.base import Branch, DecodingMethod
@@ -308,3 +309,34 @@ def test_the_original_cache_sees_the_same_layers():
         out = zoo.model(**zoo.inputs(), past_key_values=own, use_cache=True)
     assert own.get_seq_length() == out.past_key_values.get_seq_length() > 0
     assert math.isfinite(float(own.layers[0].keys.sum()))
+
+
+def test_lazy_branches_read_what_the_surviving_rows_read():
+    """Rows swap and entries go while tokens wait, before and after the branches read the prompt."""
+    fed: list[list[list[int]]] = []
+
+    def read(prompt: dict[str, Any], logits_to_keep: Any) -> tuple[Tensor, BranchCache]:
+        assert torch.equal(prompt["input_ids"], tokens)
+        return torch.zeros(2, 1, 8), filled(1, 2, 5)
+
+    def go_on(new: Tensor, cache: BranchCache, logits_to_keep: Any) -> tuple[Tensor, BranchCache]:
+        fed.append(new.tolist())
+        states = torch.zeros(2, 2, new.shape[1], 4)
+        cache.update(states, states, 0)
+        return torch.ones(2, logits_to_keep, 8), cache
+
+    tokens = torch.tensor([[1, 2], [3, 4]])
+    lazy = LazyBranches({"input_ids": tokens}, 2, read, go_on)
+    lazy.push(torch.tensor([[10], [20]]))
+    lazy.select(torch.tensor([1, 0]))
+    lazy.push(torch.tensor([[21, 22], [11, 12]]))
+    lazy.crop(1)
+    assert lazy.catch_up(1).shape == (2, 1, 8)
+    assert fed == [[[20, 21], [10, 11]]]
+    assert held(lazy.cache) == [1, 0], "rows that swapped before the prompt was read stay swapped"
+    lazy.push(torch.tensor([[23], [13]]))
+    lazy.select(torch.tensor([1, 1]))
+    lazy.crop(2)
+    assert held(lazy.cache) == [0, 0]
+    assert lazy.queue.shape == (2, 0)
+    assert lazy.cache.get_seq_length() == 5 + 2 - 1
