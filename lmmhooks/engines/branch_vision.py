@@ -154,9 +154,7 @@ class BranchEncoder:
             return output
         record = EncodedImages(modality, encode, {**arguments, "return_dict": True})
         if self.variants and not self.put_off:
-            self._encode_variants(record)
-            assert record.joint is not None
-            output = with_entries(record.joint.output, record.block(""))
+            output = with_entries(self._encode_variants(record).output, record.block(""))
         else:
             output = encode(**record.arguments)
             record.num_entries = len(entries_of(output))
@@ -178,11 +176,9 @@ class BranchEncoder:
         """Encode the variants if that was put off."""
         if self.variants and record.joint is None:
             self.runtime.readings = {}
-            self._encode_variants(record)
-            assert record.joint is not None
-            record.joint.probes = self.runtime.readings
+            self._encode_variants(record).probes = self.runtime.readings
 
-    def _encode_variants(self, record: EncodedImages) -> None:
+    def _encode_variants(self, record: EncodedImages) -> VisionInputs:
         names = [""] if self.shows_given else []
         calls = [record.arguments] if self.shows_given else []
         for branch in self.variants:
@@ -190,9 +186,10 @@ class BranchEncoder:
             calls.append(self._transformed(record, branch))
         merged = _merge(calls)
         output = record.encode(**merged)
-        record.joint = VisionInputs(record.modality, merged, output)
+        record.joint = joint = VisionInputs(record.modality, merged, output)
         record.blocks = {name: block for block, name in enumerate(names)}
-        record.num_entries = record.joint.num_entries // len(calls)
+        record.num_entries = joint.num_entries // len(calls)
+        return joint
 
     def _transformed(self, record: EncodedImages, branch: Branch) -> dict[str, Any]:
         """Arguments of the call with the pixels of a branch."""
