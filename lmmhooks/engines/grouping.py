@@ -103,10 +103,8 @@ def find_groups(layout: Layout, scope: Scope, newline: Newline) -> list[Group]:
 
 def _joined(groups: Sequence[Group]) -> Group:
     positions, row, col = (torch.cat([getattr(g, name) for g in groups]) for name in ("positions", "row", "col"))
-    # Images come in order, but interleaved ones must not leave the order of the sequence.
-    order = positions.argsort()
     images = tuple(number for group in groups for number in group.images)
-    return Group((groups[0].sample, -1, -1), positions[order], row[order], col[order], None, images)
+    return Group((groups[0].sample, -1, -1), positions, row, col, None, images)
 
 
 def assign_quotas(

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import lmmhooks
+from lmmhooks.engines import attention
 from lmmhooks.engines.runtime import find_runtime
 from lmmhooks.methods.reduction.fastv import FastV
 from tests.engines.test_reduction import visual_groups
@@ -44,8 +45,11 @@ def test_equals_the_naive_rendering_at_prefill_and_decode(family, per_image):
         torch.testing.assert_close(torch.stack(out.logits, dim=1)[row], steps, atol=TOLERANCE, rtol=0)
 
 
+@pytest.mark.parametrize("block", [512, 4])
 @pytest.mark.parametrize("rows", ["after_image", "all"])
-def test_other_rows_may_be_averaged(rows):
+def test_other_rows_may_be_averaged(rows, block, monkeypatch):
+    # Rows of long prompts are read in blocks.
+    monkeypatch.setattr(attention, "ROW_BLOCK", block)
     zoo, eager = build("llava"), build("llava", attn="eager")
     inputs = zoo.inputs(batch=2)
     with torch.no_grad(), lmmhooks.wrap(zoo.model, FastV(keep=5, rows=rows)):
@@ -53,10 +57,10 @@ def test_other_rows_may_be_averaged(rows):
     for row in range(2):
         (group,) = visual_groups(eager.model, inputs, row)
 
-        def choose(alive, attention, prompt, group=group):
+        def choose(alive, weights, prompt, group=group):
             read = [i for i in range(prompt) if rows == "all" or i > group[-1]]
-            scores = {n: sum(float(attention[:, i, n].mean()) for i in read) / len(read) for n in group}
-            return keep_only(set(group), best(scores, 5))(alive, attention, prompt)
+            scores = {n: sum(float(weights[:, i, n].mean()) for i in read) / len(read) for n in group}
+            return keep_only(set(group), best(scores, 5))(alive, weights, prompt)
 
         valid = inputs["attention_mask"][row].bool()
         expected = reduced_logits(eager.model, inputs, row, {2: (choose, False)})
