@@ -35,19 +35,21 @@ wheel-test: env ## build the wheel, install it elsewhere and use it from another
 support: env ## run the conformance matrix and store what ran where, for `lmmhooks methods` and the README
 	$(BIN)/python -m pytest -q tests/conformance --write-support lmmhooks/support.json
 
-# Shapes small enough for two CPU cores; on an accelerator give LAYERS=32 VISION_LAYERS=24 and more rounds.
-LAYERS ?= 2
-VISION_LAYERS ?= 4
-ROUNDS ?= 7
+# Depths that two CPU cores manage; on an accelerator give LAYERS=32 and more rounds.
+LAYERS ?= 8
+VISION_LAYERS ?= 24
+ROUNDS ?= 5
 DTYPE ?= bfloat16
 BENCH = $(BIN)/lmmhooks bench --layers $(LAYERS) --vision-layers $(VISION_LAYERS) --repeat $(ROUNDS) --dtype $(DTYPE)
+RESULTS := docs/benchmarks
 
 bench: env ## measure the tables of docs/benchmarks again (best on an idle machine), then run `make docs`
-	$(BENCH) --config llava-1.5-7b-shape --method "var(sink_dims='any', skip_layers=())" --method "fastervlm(keep=64)" \
-	  --method "fastv(keep=64, layer=1)" --method vcd --method "fastervlm(keep=64) + vcd" --out docs/benchmarks/llava-1.5-7b.json
-	$(BENCH) --config llava-next-7b-shape --decode-tokens 4 --method "var(sink_dims='any', skip_layers=())" \
-	  --out docs/benchmarks/llava-next-7b.json
-	$(BIN)/python scripts/measure_harness.py --out docs/benchmarks/harness.json
+	$(BENCH) --config llava-1.5-7b-shape --decode-tokens 8 --method "var(sink_dims='any')" \
+	  --method "fastervlm(keep=64)" --method "fastv(keep=64)" --out $(RESULTS)/llava-1.5-7b.json
+	$(BENCH) --config llava-1.5-7b-shape --no-disabled --method vcd --out $(RESULTS)/llava-1.5-7b-branches.json
+	$(BENCH) --config llava-next-7b-shape --no-disabled --decode-tokens 4 --method "var(sink_dims='any')" \
+	  --out $(RESULTS)/llava-next-7b.json
+	$(BIN)/python scripts/measure_harness.py --out $(RESULTS)/harness.json
 
 docs: env ## regenerate the tables of README.md and docs/ from their result files
 	$(BIN)/python docs/build.py

@@ -164,7 +164,7 @@ def measure_variant(
         }
         lengths = sorted({prompt.text + count for count in kept}) if reduced else []
         for length in lengths:
-            actions[f"native {length}"] = _plain(patch, _native(family, prompt.batch, length))
+            actions[f"native {length}"] = _plain(patch, _native(family, prompt.batch * stats.branches, length))
         if branching and decode_tokens:
             actions["two passes"] = _plain(patch, lambda: two_pass_step(family, prompt, decode_tokens))
 

@@ -128,7 +128,7 @@ def native_decoder_pass(family: Family, batch: int, tokens: int) -> float:
         Milliseconds.
     """
     weight = next(family.text_model.parameters())
-    embeds = torch.zeros(batch, tokens, family.hidden_size, dtype=weight.dtype, device=weight.device)
+    embeds = torch.randn(batch, tokens, family.hidden_size, dtype=weight.dtype, device=weight.device)
     synchronize = synchronizer(weight.device)
     synchronize()
     begin = time.perf_counter()
