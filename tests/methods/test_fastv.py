@@ -9,7 +9,7 @@ import lmmhooks
 from lmmhooks.engines import attention
 from lmmhooks.engines.runtime import find_runtime
 from lmmhooks.methods.reduction.fastv import FastV
-from tests.engines.test_reduction import visual_groups
+from tests.engines.reducers import visual_groups
 from tests.reference.reduction import best, fastv, keep_only, reduced_logits
 from tests.zoo import FAMILIES, build
 

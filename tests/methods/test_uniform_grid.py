@@ -10,7 +10,7 @@ import torch
 import lmmhooks
 from lmmhooks.engines.runtime import find_runtime
 from lmmhooks.methods.reduction.uniform_grid import UniformGrid, grid_indices, lattice_shape, stride_indices
-from tests.engines.test_reduction import ByNorm
+from tests.engines.reducers import ByNorm
 from tests.zoo import build
 
 GRIDS = [(24, 24), (16, 16), (14, 14), (27, 27), (9, 20), (3, 5), (1, 7), (30, 2)]
