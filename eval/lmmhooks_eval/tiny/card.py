@@ -29,7 +29,9 @@ def model_card(folder: Path) -> str:
         Model folder with ``metrics.json`` and ``training.json``.
     """
     metrics = _read(folder / "metrics.json")
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
     environment.filters["strongest"] = strongest_heads
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     return template.render(

@@ -234,8 +234,7 @@ def main() -> None:
     started = time.monotonic()
     metrics = evaluate(arguments.model, arguments.data, arguments.scenes, arguments.control_scenes, arguments.device)
     metrics["run"] = {
-        "command": f"python -m lmmhooks_eval.tiny.evaluate --model {arguments.model.name}"
-        f" --control-scenes {arguments.control_scenes}",
+        "command": f"python -m lmmhooks_eval.tiny.evaluate --model FOLDER --control-scenes {arguments.control_scenes}",
         "minutes": round((time.monotonic() - started) / 60, 1),
         "threads": arguments.threads,
         "device": arguments.device,
