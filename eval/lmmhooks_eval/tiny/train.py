@@ -99,6 +99,7 @@ class Trainer:
         self.adapter.model.to(device)
         self.heads.to(device)
         self.stage, self.step = STAGES[0], 0
+        self.earlier: list[dict[str, Any]] = []  # settings that earlier parts of a lengthened run were started with
         self.seconds = dict.fromkeys(STAGES, 0.0)
         self.optimisers = make_optimisers(self.adapter, self.heads, self.stage)
         out.mkdir(parents=True, exist_ok=True)
@@ -222,6 +223,7 @@ class Trainer:
         return {
             "command": f"python -m lmmhooks_eval.tiny.train {flags}",
             "settings": settings,
+            "earlier": self.earlier,
             "minutes": {stage: round(seconds / 60, 1) for stage, seconds in self.seconds.items()},
             "parameters": sum(parameter.numel() for parameter in self.adapter.model.parameters()),
             "hardware": hardware,
@@ -252,6 +254,7 @@ class Trainer:
             "stage": self.stage,
             "step": self.step,
             "seconds": self.seconds,
+            "earlier": self.earlier,
             "model": self.adapter.model.state_dict(),
             "heads": self.heads.state_dict(),
             "optimisers": {name: optimiser.state_dict() for name, optimiser in self.optimisers.items()},
@@ -262,6 +265,9 @@ class Trainer:
 
     def load_checkpoint(self) -> None:
         """Continue from the folder's checkpoint.
+
+        Resumed with the same settings, the run ends as if it had never stopped. Other numbers of steps are allowed and
+        lay the learning rate schedule out anew from the current step; the settings so far are kept in `earlier`.
 
         Raises
         ------
@@ -281,6 +287,9 @@ class Trainer:
         self.adapter.model.load_state_dict(state["model"])
         self.heads.load_state_dict(state["heads"])
         self.stage, self.step, self.seconds = state["stage"], state["step"], state["seconds"]
+        self.earlier = state["earlier"]
+        if state["settings"] != asdict(self.settings):
+            self.earlier.append({"stage": self.stage, "until_step": self.step, "settings": state["settings"]})
         self.optimisers = make_optimisers(self.adapter, self.heads, self.stage)
         for name, optimiser in self.optimisers.items():
             optimiser.load_state_dict(state["optimisers"][name])

@@ -73,6 +73,16 @@ def test_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, monkeypatch: py
         assert torch.equal(value, resumed.adapter.model.state_dict()[key]), key
 
 
+def test_lengthening_a_run_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lmmhooks_eval.tiny.train.MONITOR_IMAGES", 2)
+    Trainer(settings("tiny-llava", joint_steps=1), tmp_path, CPU).run()
+    longer = Trainer(settings("tiny-llava", joint_steps=2), tmp_path, CPU)
+    longer.load_checkpoint()
+    longer.run()
+    (part,) = longer.record()["earlier"]
+    assert (part["stage"], part["until_step"], part["settings"]["joint_steps"]) == ("joint", 1, 1)
+
+
 def test_resuming_another_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no checkpoint to resume"):
         Trainer(settings("tiny-llava"), tmp_path, CPU).load_checkpoint()
