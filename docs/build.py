@@ -73,6 +73,12 @@ def _ratio(spread: dict[str, float] | None) -> str:
     return "" if spread is None else f"{spread['median']:.3f} ({spread['low']:.3f} to {spread['high']:.3f})"
 
 
+def _load(record: dict[str, Any]) -> list[str]:
+    """Say how busy the machine was before; files without that figure are from a machine shared with other work."""
+    load = record.get("load_average")
+    return ["shared machine" if load is None else f"load {load:.1f} before"]
+
+
 def bench() -> str:
     """Write one table per benchmark file, headed by what was run where."""
     parts = []
@@ -112,6 +118,7 @@ def bench() -> str:
             f"torch {versions['torch']}",
             f"transformers {versions['transformers']}",
             f"{record['repeat']} rounds",
+            *_load(record),
             f"commit {str(environment['commit'])[:8]}{dirty}",
         )
         parts.append(
@@ -126,7 +133,7 @@ def harness() -> str:
     rows = []
     for path, record in records("harness"):
         environment = record["environment"]
-        place = f"{environment['device_name']} ({environment['threads']} threads)"
+        place = ", ".join([f"{environment['device_name']} ({environment['threads']} threads)", *_load(record)])
         link = f"[{path.name}](docs/benchmarks/{path.name})"
         documents, batch = record["overhead"]["documents"], record["overhead"]["batch_size"]
         what = f"harness over a bare `generate()` loop, {documents} documents in batches of {batch}"

@@ -8,6 +8,7 @@ from start to finished report, in a process of its own.
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
@@ -38,11 +39,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     check_writable(given.out)
+    busy = os.getloadavg()[0]
     model, processor = load(given.model, dtype="float32")
     overhead = measure_overhead(model, processor, repeats=given.repeats)
     record = {
         "kind": "harness",
         "environment": describe(model, {"name": given.model, "dtype": "float32"}, {}),
+        "load_average": busy,
         "overhead": asdict(overhead),
         "quickstart_seconds": quickstart_seconds(),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -62,6 +63,8 @@ def bench(
         check_writable(out)
     if threads is not None:
         torch.set_num_threads(threads)
+    # Other work on the machine at the start; ratios bear it, times do not.
+    load = os.getloadavg()[0]
     place = resolve_device(device)
     kind = resolve_dtype(dtype, place)
     target = load_target(model, config, layers, vision_layers, kind, place, backend)
@@ -81,6 +84,7 @@ def bench(
         "attention": target.config.get_text_config()._attn_implementation,
         "decoder_layers": target.config.get_text_config().num_hidden_layers,
         "vision_layers": getattr(target.config.vision_config, "num_hidden_layers", None),
+        "load_average": load,
         "batch": batch,
         "text_tokens": prompt.text,
         "visual_tokens": prompt.visual,
