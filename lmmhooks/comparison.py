@@ -198,7 +198,9 @@ def _run(runtime: Runtime | None, processor: Any, inputs: dict[str, Any], name: 
         out = model.generate(**inputs, **settings, return_dict_in_generate=True, output_scores=True, output_logits=True)
         _wait(family.text_model.device)
         end = time.perf_counter()
+        # Read before the probes go: changing what is attached drops the state of the prompt.
         stats = Stats.of(family, runtime.last_state)
+        image_map, kept = reader.grids()
     new = out.sequences[0, inputs["input_ids"].shape[1] :]
     scores = model.compute_transition_scores(
         out.sequences, out.logits, getattr(out, "beam_indices", None), normalize_logits=True
@@ -209,7 +211,6 @@ def _run(runtime: Runtime | None, processor: Any, inputs: dict[str, Any], name: 
         for token, score in zip(new.tolist(), scores[0], strict=False)
         if token not in special
     )
-    image_map, kept = reader.grids()
     return Run(
         name=name,
         text=processor.tokenizer.decode(new, skip_special_tokens=True).strip(),

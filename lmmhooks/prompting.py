@@ -71,6 +71,11 @@ def build_inputs(
         raise PromptError("no processor is known for this model; pass processor=... to wrap()")
     if not prompt.strip():
         raise PromptError("the prompt is empty; give a question")
+    if getattr(processor, "chat_template", None) is None:
+        raise PromptError(
+            f"{type(processor).__name__} has no chat template to write the prompt with; set processor.chat_template, "
+            "or build the inputs yourself and call model.generate"
+        )
     opened = [open_image(image) for image in images]
     content = [{"type": "image"} for _ in opened] + [{"type": "text", "text": prompt}]
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)

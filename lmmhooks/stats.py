@@ -52,9 +52,10 @@ class Stats:
     average_visual
         Visual tokens per decoder layer and row, averaged over both: the figure pruning papers quote.
     kv_bytes, kv_bytes_full
-        Bytes of the prompt's keys and values with and without the reductions.
+        Bytes of the prompt's keys and values as they were run, stacked branches included, and without any method.
     prefill_flops, prefill_flops_full
-        Theoretical decoder FLOPs of the prompts, all rows, padding not counted ("square" pairs convention).
+        Theoretical decoder FLOPs of the prompts as they were run, stacked branches included, and without any method;
+        padding not counted, pairs by the "square" convention. Lazy branches read the prompt later and are not counted.
     branches
         Rows of the forward per row of the batch: 1 without branches.
     branch_steps
@@ -72,7 +73,7 @@ class Stats:
 
     @property
     def flops_saved(self) -> float:
-        """Share of the theoretical prefill FLOPs that the reductions save, 0 to 1."""
+        """Share of the theoretical prefill FLOPs that is saved; negative when branches cost more."""
         return 1.0 - self.prefill_flops / self.prefill_flops_full if self.prefill_flops_full else 0.0
 
     @classmethod
@@ -112,13 +113,14 @@ class Stats:
         for row, (num_text, num_visual) in enumerate(zip(text, visual_in, strict=True)):
             kept = [layer.visual_kept[row] for layer in layers]
             flops += 2 * cost.prefill_macs(shape, cost.dense_counts(num_text, kept))
-            flops_full += 2 * cost.prefill_macs(shape, cost.dense_counts(num_text, [num_visual] * shape.layers))
+            if row < len(visual_in) // state.blocks:
+                flops_full += 2 * cost.prefill_macs(shape, cost.dense_counts(num_text, [num_visual] * shape.layers))
         counts = [count for layer in layers for count in layer.visual_kept]
         return cls(
             layers=tuple(layers),
             average_visual=sum(counts) / len(counts),
             kv_bytes=sum(layer.kv_bytes for layer in layers),
-            kv_bytes_full=state.layout.length * len(visual_in) * per_token * shape.layers,
+            kv_bytes_full=state.layout.length * (len(visual_in) // state.blocks) * per_token * shape.layers,
             prefill_flops=flops,
             prefill_flops_full=flops_full,
             branches=state.branches,

@@ -138,12 +138,16 @@ def test_removal_after_an_exception_inside_a_forward(zoo):
     def fail(*args):
         raise RuntimeError("boom")
 
-    with pytest.raises(RuntimeError, match="boom"), lmmhooks.wrap(zoo.model, VAR):
-        handle = layer.mlp.register_forward_hook(fail)
-        try:
-            logits(zoo, inputs)
-        finally:
-            handle.remove()
+    def fail_inside():
+        with lmmhooks.wrap(zoo.model, VAR):
+            handle = layer.mlp.register_forward_hook(fail)
+            try:
+                logits(zoo, inputs)
+            finally:
+                handle.remove()
+
+    with pytest.raises(RuntimeError, match="boom"):
+        fail_inside()
     assert trace(zoo.model) == before
     assert torch.equal(logits(zoo, inputs), plain)
 

@@ -1,9 +1,9 @@
 """
 Paired statistics: a patched model against its own baseline on the same documents.
 
-Everything here takes plain numbers and arrays and knows no task. The formulas are those of the evaluation sheet,
-section 4: exact McNemar test, cluster bootstrap on sufficient statistics, Wilson interval, Holm correction, clustered
-standard error and the number of documents a difference needs to show.
+Everything here takes plain numbers and arrays and knows no task. Exact McNemar test, cluster bootstrap on
+sufficient statistics, Wilson interval, Holm correction, clustered standard error, and the number of documents that a
+difference needs to show.
 """
 
 from __future__ import annotations

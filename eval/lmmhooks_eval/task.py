@@ -3,8 +3,7 @@ What a benchmark is: documents, how to ask about them, how to read an answer, ho
 
 A task never sees a model. Its score is a set of *sufficient statistics* per document (counts and sums that may be
 added), and its metrics are a function of their totals, so that the very same code yields the reported figure, the
-running figure of the progress bar and the 10,000 figures of a cluster bootstrap (specs: evaluation sheet, sections 3
-and 4).
+running figure of the progress bar and the 10,000 figures of a cluster bootstrap.
 """
 
 from __future__ import annotations

@@ -190,7 +190,7 @@ def measure_variant(
             average_visual=stats.average_visual,
             visual_kept=kept,
             kv_ratio=stats.kv_bytes / stats.kv_bytes_full,
-            flops_ratio=stats.branches * stats.prefill_flops / stats.prefill_flops_full,
+            flops_ratio=stats.prefill_flops / stats.prefill_flops_full,
             branches=stats.branches,
             peak_bytes=peak,
             peak_bytes_plain=peak_plain,

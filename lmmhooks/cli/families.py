@@ -13,9 +13,7 @@ app = typer.Typer(rich_markup_mode=None, add_completion=False)
 
 @app.command()
 def families(
-    name: Annotated[
-        str | None, typer.Argument(help="Model type to describe, e.g. llava; unset: list all.")
-    ] = None,
+    name: Annotated[str | None, typer.Argument(help="Model type to describe, e.g. llava; unset: list all.")] = None,
     json: JsonOption = False,
 ) -> None:
     """List model families with a module of their own, or describe one and the methods tested on it."""

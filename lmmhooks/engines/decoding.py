@@ -253,6 +253,7 @@ class BranchEngine:
         state = self.runtime.last
         assert state is not None
         state.branches = 1 + len(self.branches)
+        state.blocks = call.blocks
         logits = output.logits.float().unflatten(0, (call.blocks, call.rows))
         main, others = logits[0], list(logits[1:])
         grown = state.grown if call.generated is None else call.generated

@@ -1,9 +1,9 @@
 """
 Finding the channels in which attention sinks carry massive activations.
 
-Procedure and thresholds: sheet "Finding D_sink for an unlisted model", after "Massive Activations in Large Language
-Models" (2402.17762) and VAR (2503.03321). A threshold alone never decides: a channel must persist over layers and
-prompts, be massive in absolute terms and relative to the median, and its score must go with received attention.
+Thresholds after "Massive Activations in Large Language Models" (2402.17762) and VAR (2503.03321); anchors, persistence
+and confirmation are our own procedure (UNVERIFIED). A threshold alone never decides: a channel must persist over layers
+and prompts, be massive in absolute terms and relative to the median, and its score must go with received attention.
 """
 
 from __future__ import annotations

@@ -100,7 +100,9 @@ class PromptState:
         self.is_prefill = True
         self.stages: list[Stage] = []
         self.branches = 1
-        """Rows of a forward per row of the caller's batch."""
+        """Readings of every row of the caller's batch: the row itself and the branches of a decoding method."""
+        self.blocks = 1
+        """How many of them the forward that read the prompt held, stacked block after block."""
         self.branch_steps: float | None = None
         """Share of decode steps on which decoding branches ran; None without branches."""
         self.vision: list[Any] = []

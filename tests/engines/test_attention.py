@@ -279,7 +279,7 @@ def test_flash_kernels_see_a_module_that_names_their_own_backend():
     seen = {}
 
     def flash(module, q, k, v, attention_mask, **kwargs):
-        seen.update(name=module.config._attn_implementation, causal=module.is_causal, layer=module.layer_idx, mask=attention_mask)
+        seen.update(name=module.config._attn_implementation, causal=module.is_causal, mask=attention_mask)
         return torch.nn.functional.scaled_dot_product_attention(
             q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1), is_causal=q.shape[2] > 1, scale=kwargs["scaling"]
         ).transpose(1, 2), None

@@ -20,10 +20,10 @@ PLANTED = (11, 40)
 
 def plant(model, channels=PLANTED, size=2000.0):
     """
-    Give the first token the same huge values in some channels, and every query a taste for them.
+    Give the first token the same huge values in some channels, in every layer.
 
-    The embedding of BOS carries them. Norms rescale each row, so the key of BOS is (nearly) a function of those channels
-    alone; the key projection sends them where the query bias looks.
+    Its embedding carries them and nothing else writes to them. Norms rescale each row, so its keys are nearly a
+    function of those channels alone, and differ from all others.
     """
     text = model.model.language_model
     with torch.no_grad():

@@ -77,7 +77,7 @@ def test_tokens_are_words_clitics_and_marks() -> None:
     assert chair.tokenise("It's a T-shirt, isn't it?") == ["it", "'s", "a", "t-shirt", ",", "is", "n't", "it", "?"]
 
 
-# COCO's pairs: chair sheet, "Algorithm, exact".
+# COCO's pairs, as the official script lists them.
 PAIRS = (
     "motor bike, motor cycle, air plane, traffic light, street light, traffic signal, stop light, fire hydrant, "
     "stop sign, parking meter, suit case, sports ball, baseball bat, baseball glove, tennis racket, wine glass, "
@@ -111,7 +111,7 @@ def test_real_captions_come_within_half_a_point(captions: str, chair_s: float, c
     coco = json.loads(gzip.decompress(shared_file("chair/coco2014_objects.json.gz").read_bytes()))
     truth = [{coco["categories"][index] for index in coco["objects"][str(row["image_id"])]} for row in rows]
     result = chair.chair([row["caption"] for row in rows], truth, _coco())
-    # The sheet's target for a singulariser of our own: overall figures within 0.5 points of the WordNet variant.
+    # Target for a singulariser of our own: overall figures within 0.5 points of the WordNet variant.
     assert 100 * result["chair_s"] == pytest.approx(chair_s, abs=0.5)
     assert 100 * result["chair_i"] == pytest.approx(chair_i, abs=0.5)
     assert 100 * result["recall"] == pytest.approx(recall, abs=0.5)

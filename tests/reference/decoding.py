@@ -65,7 +65,7 @@ def naive_generate(
 
 
 def vcd(alpha: float, beta: float) -> Combine:
-    """Formula of the sheet, token by token."""
+    """The contrast formula, token by token."""
 
     def combine(main: Tensor, others: list[Tensor], step: int) -> Tensor:
         (noised,) = others

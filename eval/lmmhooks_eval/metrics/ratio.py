@@ -12,7 +12,7 @@ def ratio(numerator: np.ndarray | float, denominator: np.ndarray | float) -> np.
     ``numerator / denominator`` elementwise, 0 where the denominator is 0.
 
     Official scorers of several benchmarks raise there instead (a model that never says yes has no precision); 0 is the
-    convention their sheets ask for, and bootstrap draws need a number.
+    convention of their re-implementations, and bootstrap draws need a number.
 
     Parameters
     ----------

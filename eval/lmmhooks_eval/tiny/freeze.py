@@ -31,7 +31,7 @@ NUM_SCENES = 280
 def vqa_questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
     """The scenes-vqa questions of one scene, at most eight.
 
-    Side and relation are trained but not asked: neither bundled model answers them better than chance.
+    Side and relation are trained but not asked: tiny-llava answers them no better than chance.
     """
     return [
         *ask.existence_questions(scene, rng, 2),

@@ -97,8 +97,8 @@ def grid_indices(rows: int, cols: int, num_keep: int, center: bool) -> Tensor:
     Flat indices of a regular lattice.
 
     Row i of R lies at ``floor((i + 0.5) * rows / R)`` (``corner``: without the 0.5), columns likewise. Where
-    ``R * S > K``, the rows farthest from the middle hold one column less, spaced evenly again (the sheet says which
-    rows give way, not which of their columns: our choice, symmetric where the rest is).
+    ``R * S > K``, the rows farthest from the middle hold one column less, spaced evenly again (our choice,
+    symmetric where the rest is).
 
     Returns
     -------
