@@ -27,7 +27,7 @@ lint: env ## ruff: rules and format
 	$(BIN)/ruff format --check .
 
 types: env ## mypy over both packages
-	$(BIN)/mypy
+	$(BIN)/python -m mypy
 
 wheel-test: env ## build the wheel, install it elsewhere and use it from another folder
 	$(BIN)/python -m pytest -m packaging

@@ -108,8 +108,12 @@ def main() -> None:
         pins = Path(folder) / "constraints.txt"
         pins.write_text(constraints, encoding="utf-8")
         target = f"{ROOT}[{options.extras}]" if options.extras else str(ROOT)
-        command = [str(interpreter), "-m", "pip", "install", "--quiet", "-c", str(pins), "-e", target]
-        raise SystemExit(subprocess.run([*command, *options.oldest]).returncode)
+        install = [str(interpreter), "-m", "pip", "install", "--quiet", "-c", str(pins)]
+        status = subprocess.run([*install, "-e", target, *options.oldest]).returncode
+        if status == 0 and "dev" in options.extras.split(",") and not (interpreter.parent / "ruff").exists():
+            # Only the calling interpreter has it: importable from here, but a program is looked for in our own folder.
+            status = subprocess.run([*install, "--ignore-installed", "--no-deps", "ruff"]).returncode
+        raise SystemExit(status)
 
 
 if __name__ == "__main__":
