@@ -39,12 +39,19 @@ def model_card(folder: Path) -> str:
         metrics=metrics,
         attention=metrics["attention"],
         run=metrics["run"],
+        unlearned=unlearned_tasks(metrics),
         splits=SPLITS,
         scenes=scenes,
         num_categories=len(CATEGORIES),
         num_themes=len(THEMES),
         num_colours=len(COLOURS),
     )
+
+
+def unlearned_tasks(metrics: dict[str, Any]) -> list[str]:
+    """Question types whose interval with the image does not lie above the level without it."""
+    seen, blind = metrics["image"]["vqa"], metrics["text_only"]["vqa"]
+    return [kind for kind in seen if seen[kind]["low"] <= blind[kind]["value"]]
 
 
 def strongest_heads(shares: list[float], number: int = 2) -> str:
