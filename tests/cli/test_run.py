@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -199,7 +200,9 @@ def test_killed_in_the_middle_and_resumed(model: Path, tmp_path: Path) -> None:
 
 def test_interrupted_says_so_and_keeps_answers(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    process = _command("run", _long_recipe(tmp_path, model), "--out", out)
+    # A process started in the background of a script inherits that interrupts are ignored.
+    listening = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = _command("run", _long_recipe(tmp_path, model), "--out", out, preexec_fn=listening)
     _wait_for_answers(out / "samples.jsonl", process, 2)
     process.send_signal(signal.SIGINT)
     stderr = process.communicate(timeout=60)[1]

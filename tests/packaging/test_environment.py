@@ -78,6 +78,7 @@ def test_pins(script, own, donors, pin, tmp_path, monkeypatch) -> None:
         if "pip" not in command:
             return original(command, **options)
         installed.extend(Path(command[command.index("-c") + 1]).read_text().splitlines())
+        (tmp_path / "venv" / "bin" / "ruff").touch()
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(script.subprocess, "run", instead_of_pip)
@@ -105,6 +106,7 @@ def test_oldest_pins_the_lower_bound(script, tmp_path, monkeypatch) -> None:
         if "pip" not in command:
             return original(command, **options)
         commands.append([*command, Path(command[command.index("-c") + 1]).read_text()])
+        (tmp_path / "venv" / "bin" / "ruff").touch()
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(script.subprocess, "run", instead_of_pip)
@@ -115,3 +117,24 @@ def test_oldest_pins_the_lower_bound(script, tmp_path, monkeypatch) -> None:
     (command,) = commands
     assert "transformers" in command
     assert command[-1] == "torch==2.9.1\ntransformers==5.17.*\n"
+
+
+def test_programs_of_the_caller_are_installed_again(script, tmp_path, monkeypatch) -> None:
+    """pip is content with a linter that only the calling interpreter has, but the Makefile starts ours."""
+    donor = environment_with_torch(tmp_path / "donor", "2.9.1")
+    environment_with_torch(tmp_path / "venv", None)
+    commands: list[list[str]] = []
+    original = subprocess.run
+
+    def instead_of_pip(command, **options):
+        if "pip" not in command:
+            return original(command, **options)
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(script.subprocess, "run", instead_of_pip)
+    monkeypatch.setattr(sys, "argv", ["environment.py", str(tmp_path / "venv"), "--donor", str(donor)])
+    with pytest.raises(SystemExit) as stopped:
+        script.main()
+    assert stopped.value.code == 0
+    assert commands[1][-3:] == ["--ignore-installed", "--no-deps", "ruff"]
