@@ -11,14 +11,15 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lmmhooks.engines.attach import Attachments
-from lmmhooks.engines.backend import AttentionResult, BaseAttention, Port, route
+from lmmhooks.engines.backend import AttentionCall, AttentionResult, Port, route
 from lmmhooks.engines.rows import (
     RowPlan,
     apply_weights,
@@ -116,7 +117,7 @@ class AttentionEngine:
             # The mask is built from the model's configuration and the call dispatched by the module's: name both.
             route(attachments, [family.text_model.config, *(module.config for module in modules.values())])
             for layer, module in modules.items():
-                handler = _bind(self._attend_text, layer)
+                handler = partial(self._attend_text, layer)
                 attachments.pre_hook(module, Port(handler), f"attention of decoder layer {layer}")
         for layer in sorted(self.observers):
             attachments.pre_hook(family.layers[layer], _bind_hook(self._observe, layer), f"input of layer {layer}")
@@ -124,7 +125,7 @@ class AttentionEngine:
             towers = {layer: family.attention_of(family.vision_layers[layer]) for layer in sorted(self.vision_probes)}
             route(attachments, [module.config for module in towers.values()])
             for layer, module in towers.items():
-                handler = _bind(self._attend_vision, layer)
+                handler = partial(self._attend_vision, layer)
                 attachments.pre_hook(module, Port(handler), f"attention of vision layer {layer}")
 
     def _observe(self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -149,95 +150,68 @@ class AttentionEngine:
             memory=state.memory(method),
         )
 
-    def _attend_text(
-        self,
-        layer: int,
-        base: BaseAttention,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Any,
-        kwargs: dict[str, Any],
-    ) -> AttentionResult:
+    def _attend_text(self, layer: int, call: AttentionCall) -> AttentionResult:
         state = self.runtime.current
         methods = [m for m in self.edits[layer] if state is not None and (state.is_prefill or m.on_decode) and m.edits]
         probes = self.decoder_probes[layer] if state is not None and state.is_prefill else []
         if state is None or not (methods or probes):
-            return base(query, key, value, mask)
+            return call.run_base()
         stage = state.stage_at(layer)
-        plan = stage.rows([*(m.rows for m in methods), *(p.rows for p in probes)], query.shape[2])
+        plan = stage.rows([*(m.rows for m in methods), *(p.rows for p in probes)], call.query.shape[2])
         if plan is None:
-            return base(query, key, value, mask)
-        call = _Call(self, layer, stage, state, query, key, value, mask, kwargs, module)
+            return call.run_base()
+        edit = _Edit(self, layer, stage, state, call)
         if not probes and not any(m.edits - {"scale_heads"} for m in methods):
-            return call.gain_only(base, methods, plan)
-        return call.recompute(base, methods, probes, plan)
+            return edit.gain_only(methods, plan)
+        return edit.recompute(methods, probes, plan)
 
-    def _attend_vision(
-        self,
-        layer: int,
-        base: BaseAttention,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Any,
-        kwargs: dict[str, Any],
-    ) -> AttentionResult:
-        scaling = float(kwargs.get("scaling") or query.shape[-1] ** -0.5)
+    def _attend_vision(self, layer: int, call: AttentionCall) -> AttentionResult:
         has_cls = self.runtime.family.has_cls
-        for start, stop in _segments(kwargs.get("cu_seq_lens_q"), query.shape[2]):
-            q, k = query[:, :, start:stop], key[:, :, start:stop]
+        for start, stop in _segments(call.kwargs.get("cu_seq_lens_q"), call.query.shape[2]):
+            q, k = call.query[:, :, start:stop], call.key[:, :, start:stop]
             for probe in self.vision_probes[layer]:
                 if probe.kind == "cls":
-                    weights = torch.softmax(row_scores(q[:, :, :1], k, scaling), dim=-1)
+                    weights = torch.softmax(row_scores(q[:, :, :1], k, call.scaling), dim=-1)
                     probe.receive(weights[:, :, 0, 1:])
                 else:
                     rows = q[:, :, 1:] if has_cls else q
-                    received = received_attention(rows, k, scaling)
+                    received = received_attention(rows, k, call.scaling)
                     probe.receive(received[:, :, 1:] if has_cls else received)
-        return base(query, key, value, mask)
+        return call.run_base()
 
 
 @dataclass
-class _Call:
-    """One attention call in one decoder layer."""
+class _Edit:
+    """One attention call in one decoder layer, with what the methods may look at."""
 
     engine: AttentionEngine
     layer: int
     stage: Stage
     state: PromptState
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    mask: Any
-    kwargs: dict[str, Any]
-    module: nn.Module
+    call: AttentionCall
 
     def context(self, method: AttentionMethod, rows: Tensor) -> AttentionContext:
         return self.engine._context(method, self.layer, self.stage, self.state, rows)
 
-    def gain_only(self, base: BaseAttention, methods: Sequence[AttentionMethod], plan: RowPlan) -> AttentionResult:
+    def gain_only(self, methods: Sequence[AttentionMethod], plan: RowPlan) -> AttentionResult:
         """Only head gains: no weights are needed, so every row stays fused."""
-        output, weights = base(self.query, self.key, self.value, self.mask)
+        output, weights = self.call.run_base()
         rows = output.transpose(1, 2)
         if not plan.covers_all:
             rows = take_rows(rows, plan.index)
-        queries = self.query if plan.covers_all else take_rows(self.query, plan.index)
+        queries = self.call.query if plan.covers_all else take_rows(self.call.query, plan.index)
         edited = self.apply_gains(methods, plan, queries, rows)
         return self.put_back(output, edited, plan), weights
 
     def recompute(
         self,
-        base: BaseAttention,
         methods: Sequence[AttentionMethod],
         probes: Sequence[DecoderProbe],
         plan: RowPlan,
     ) -> AttentionResult:
         """Explicit weights for the planned rows, fused attention for the others."""
         skip_base = plan.covers_all and bool(methods)
-        output, dense = (None, None) if skip_base else base(self.query, self.key, self.value, self.mask)
+        output, dense = (None, None) if skip_base else self.call.run_base()
         blocks: list[Tensor] = []
         weights: Tensor | None = None
         for start in range(0, plan.num_rows, ROW_BLOCK):
@@ -246,7 +220,7 @@ class _Call:
             for probe in probes:
                 probe.receive(weights, part.members[probe.rows])
             if methods:
-                blocks.append(self.apply_gains(methods, part, queries, apply_weights(weights, self.value)))
+                blocks.append(self.apply_gains(methods, part, queries, apply_weights(weights, self.call.value)))
         if not methods:
             return output, dense  # type: ignore[return-value] # the base ran: there is nothing to skip it for
         edited = torch.cat(blocks, dim=2) if len(blocks) > 1 else blocks[0]
@@ -256,12 +230,12 @@ class _Call:
         return self.put_back(output, edited, plan), dense
 
     def explicit_weights(self, methods: Sequence[AttentionMethod], plan: RowPlan) -> tuple[Tensor, Tensor]:
-        queries = take_rows(self.query, plan.index)
-        scaling = float(self.kwargs.get("scaling") or self.query.shape[-1] ** -0.5)
-        scores = row_scores(queries, self.key, scaling)
+        call = self.call
+        queries = take_rows(call.query, plan.index)
+        scores = row_scores(queries, call.key, call.scaling)
         valid = self.stage.layout.valid if self.stage.mask is not None else None
-        dense = self.mask if isinstance(self.mask, Tensor) and self.mask.dim() == 4 else None
-        allowed = visible(dense, plan.index, self.query.shape[2], self.key.shape[2], valid, causal=True)
+        dense = call.mask if isinstance(call.mask, Tensor) and call.mask.dim() == 4 else None
+        allowed = visible(dense, plan.index, call.query.shape[2], call.key.shape[2], valid, causal=True)
         measure = self.state.is_prefill and bool(methods)
         before = torch.softmax(hide(scores.clone(), allowed), dim=-1) if measure else None
         for method in methods:
@@ -327,10 +301,6 @@ def _segments(boundaries: Tensor | None, length: int) -> list[tuple[int, int]]:
         return [(0, length)]
     cuts = boundaries.tolist()
     return list(pairwise(cuts))
-
-
-def _bind(function: Callable[..., AttentionResult], layer: int) -> Callable[..., AttentionResult]:
-    return lambda *args: function(layer, *args)
 
 
 def _bind_hook(function: Callable[..., None], layer: int) -> Callable[..., None]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from lmmhooks.engines.attach import Attachments
 from lmmhooks.errors import ModelError
 
-__all__ = ["BaseAttention", "Port", "base_name", "route"]
+__all__ = ["AttentionCall", "Port", "base_name", "route"]
 
 PREFIX = "lmmhooks_"
 
@@ -33,7 +34,41 @@ class BaseAttention(Protocol):
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: Any) -> AttentionResult: ...
 
 
-Handler = Callable[[BaseAttention, nn.Module, Tensor, Tensor, Tensor, Any, dict[str, Any]], AttentionResult]
+@dataclass(frozen=True)
+class AttentionCall:
+    """
+    One call of an attention function.
+
+    Attributes
+    ----------
+    query, key, value
+        ``[B, H, Nq, d]`` and ``[B, Hkv, Nk, d]``, after rotary embedding and cache update.
+    mask
+        Whatever the backend's mask function made: dense, 2-D, a block mask or None.
+    kwargs
+        The remaining arguments.
+    base
+        The model's own function; see `run_base`.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Any
+    kwargs: dict[str, Any]
+    base: BaseAttention
+
+    @property
+    def scaling(self) -> float:
+        """Factor on the dot products."""
+        return float(self.kwargs.get("scaling") or self.query.shape[-1] ** -0.5)
+
+    def run_base(self) -> AttentionResult:
+        """What the model's own function makes of this call."""
+        return self.base(self.query, self.key, self.value, self.mask)
+
+
+Handler = Callable[[AttentionCall], AttentionResult]
 
 
 class Port:
@@ -118,7 +153,7 @@ def _front(base: str) -> Callable[..., AttentionResult]:
 
         for hook in module._forward_pre_hooks.values():
             if isinstance(hook, Port):
-                return hook.handler(call, module, query, key, value, attention_mask, kwargs)
+                return hook.handler(AttentionCall(query, key, value, attention_mask, kwargs, call))
         return call(query, key, value, attention_mask)
 
     attention.__name__ = f"{PREFIX}{base}"

@@ -95,8 +95,7 @@ class Runtime:
     def refresh(self) -> None:
         """Attach exactly what the enabled patches need; nothing at all when there are none."""
         self.attachments.undo()
-        self.current, self.last = None, None
-        self.encoder_hook = None
+        self.current, self.last, self.prepared = None, None, None
         self.encoded.clear()
         self._states.clear()
         if self._marker is not None:

@@ -38,11 +38,6 @@ def generate(model, inputs, **kwargs):
     return out.sequences[:, inputs["input_ids"].shape[1] :], torch.stack(out.logits, dim=1)
 
 
-def alone(zoo, inputs, row):
-    """One row of a batch as a prompt of its own, without its padding."""
-    return zoo.row(inputs, row)
-
-
 @pytest.fixture
 def cell(request, models, support, name, row, family):
     """The wrapped model; a refusal that the table announces ends the test as passed."""
@@ -97,7 +92,7 @@ def test_padded_batch(cell, row):
     with lmmhooks.wrap(cell.model, row.spec):
         tokens, logits = generate(cell.model, inputs, do_sample=False)
         for i in range(3):
-            one, one_logits = generate(cell.model, alone(cell, inputs, i), do_sample=False)
+            one, one_logits = generate(cell.model, cell.row(inputs, i), do_sample=False)
             torch.testing.assert_close(logits[i : i + 1], one_logits, atol=TOLERANCE, rtol=0)
             assert torch.equal(tokens[i : i + 1], one)
 
@@ -107,7 +102,7 @@ def test_two_images(cell, row):
     inputs = cell.inputs(batch=2, images=[2, 1])
     with lmmhooks.wrap(cell.model, row.spec):
         tokens, logits = generate(cell.model, inputs, do_sample=False)
-        one, one_logits = generate(cell.model, alone(cell, inputs, 0), do_sample=False)
+        one, one_logits = generate(cell.model, cell.row(inputs, 0), do_sample=False)
     torch.testing.assert_close(logits[:1], one_logits, atol=TOLERANCE, rtol=0)
     assert torch.equal(tokens[:1], one)
 
@@ -120,7 +115,7 @@ def test_beams(cell, row):
         plain = cell.model.generate(**inputs, **kwargs)
         with lmmhooks.wrap(cell.model, row.spec):
             tokens = cell.model.generate(**inputs, **kwargs)
-            one = cell.model.generate(**alone(cell, inputs, 1), **kwargs)
+            one = cell.model.generate(**cell.row(inputs, 1), **kwargs)
     assert torch.equal(tokens[1:, -4:], one[:, -4:])
     if not row.changes:
         assert torch.equal(tokens, plain)

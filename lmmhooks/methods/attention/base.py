@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["AttentionContext", "AttentionMethod"]
 
+STEPS = ("scale_keys", "edit_scores", "edit_weights", "scale_heads")
+
 
 @dataclass
 class AttentionContext:
@@ -67,6 +69,13 @@ class AttentionMethod(Method):
     """Whether rows of generated tokens are edited too."""
     observes: ClassVar[bool] = False
     """Whether :meth:`observe` wants the input of each of its layers at prefill."""
+
+    edits: ClassVar[frozenset[str]] = frozenset()
+    """Steps the class defines itself, found when it is created; the engine skips those that no method defines."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.edits = frozenset(step for step in STEPS if getattr(cls, step) is not getattr(AttentionMethod, step))
 
     def layers(self, family: Any) -> Sequence[int]:
         """Decoder layers that are edited, 0-based."""
@@ -137,12 +146,3 @@ class AttentionMethod(Method):
             Gain broadcastable to ``[B, H, R, 1]``, or None for no change.
         """
         return None
-
-    @property
-    def edits(self) -> frozenset[str]:
-        """Steps this class defines itself; the engine skips those that no method defines."""
-        cls = type(self)
-        return frozenset(step for step in _STEPS if getattr(cls, step) is not getattr(AttentionMethod, step))
-
-
-_STEPS = ("scale_keys", "edit_scores", "edit_weights", "scale_heads")
