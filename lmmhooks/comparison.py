@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from lmmhooks.engines.attach import Attachments
-from lmmhooks.engines.attention import DecoderProbe
+from lmmhooks.engines.probes import DecoderProbe
 from lmmhooks.engines.runtime import Runtime, find_runtime
 from lmmhooks.errors import LmmhooksError, MethodError
 from lmmhooks.methods.registry import resolve

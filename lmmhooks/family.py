@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from . import families
 from .errors import ModelError, closest
 from .inputs import ModelInputs
+from .parts import LayerParts
 from .vision import ImageTokens, VisionInputs
 
 __all__ = ["Family", "VisionInputs", "resolve", "supported", "uses_attention_interface"]
@@ -28,7 +29,7 @@ _TOWERS = ("vision_tower", "visual", "vision_model", "vision_encoder", "image_en
 _PROJECTORS = ("multi_modal_projector", "mm_projector", "connector", "aligner", "projector")
 
 
-class Family(ModelInputs):
+class Family(ModelInputs, LayerParts):
     """
     The parts of one loaded model, and the geometry of its visual tokens.
 
@@ -107,26 +108,6 @@ class Family(ModelInputs):
         self.full_attention_vision_layers: tuple[int, ...] = tuple(range(len(self.vision_layers)))
         self.window_attention: bool = False
         self._verify()
-
-    # -- modules ---------------------------------------------------------------------------------------------
-
-    @staticmethod
-    def attention_of(layer: nn.Module) -> nn.Module:
-        """
-        The self-attention module of a decoder or vision layer.
-
-        Raises
-        ------
-        ModelError
-            The layer has none, for example a linear-attention layer of a hybrid decoder.
-        """
-        for child in layer.children():
-            if type(child).__name__.endswith("Attention"):
-                return child
-        raise ModelError(
-            f"layer {type(layer).__name__} holds no attention module (a child whose class name ends in 'Attention'); "
-            f"its children are {', '.join(type(child).__name__ for child in layer.children()) or 'none'}"
-        )
 
     # -- geometry --------------------------------------------------------------------------------------------
 

@@ -10,76 +10,28 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from lmmhooks.engines.attach import Attachments
 from lmmhooks.engines.backend import AttentionCall, AttentionResult, Port, route
-from lmmhooks.engines.rows import (
-    RowPlan,
-    apply_weights,
-    hide,
-    received_attention,
-    row_scores,
-    take_rows,
-    visible,
-)
+from lmmhooks.engines.editing import Edit, RowReader
+from lmmhooks.engines.preparing import show_weights, watched_beforehand, watched_on_the_way
+from lmmhooks.engines.probes import DecoderProbe, VisionProbe
+from lmmhooks.engines.rows import received_attention, row_scores
+from lmmhooks.errors import ModelError
 from lmmhooks.methods.attention.base import AttentionContext, AttentionMethod
 
 if TYPE_CHECKING:
     from lmmhooks.engines.runtime import Runtime
-    from lmmhooks.engines.state import PromptState, Stage
+    from lmmhooks.family import Family
 
-__all__ = ["AttentionEngine", "DecoderProbe", "VisionProbe"]
-
-ROW_BLOCK = 512
-"""Rows computed at once; bounds memory for methods that edit every row of a long prompt."""
-
-
-@dataclass(frozen=True)
-class DecoderProbe:
-    """
-    Reads attention weights of prompt rows of one decoder layer, after any edits, while the prompt is read.
-
-    Attributes
-    ----------
-    layer
-        Decoder layer, 0-based.
-    rows
-        Named row selection (see `AttentionMethod.rows`).
-    receive
-        Called with weights ``[B, H, R, N]`` float32 and ``[B, R]`` bool that is False for filler rows.
-    """
-
-    layer: int
-    rows: str
-    receive: Callable[[Tensor, Tensor], None]
-
-
-@dataclass(frozen=True)
-class VisionProbe:
-    """
-    Reads attention in one layer of the vision tower.
-
-    Attributes
-    ----------
-    layer
-        Vision layer, 0-based.
-    kind
-        ``"cls"``: the row of the class token, ``[crops, H, patches]`` without the class column, not renormalised.
-        ``"received"``: mean over query rows, ``[crops, H, patches]``; class row and column left out where there is one.
-    receive
-        Called once per attention call: once per crop batch (CLIP-like), once per image or window (Qwen-like).
-    """
-
-    layer: int
-    kind: str
-    receive: Callable[[Tensor], None]
+__all__ = ["AttentionEngine"]
 
 
 class AttentionEngine:
@@ -96,23 +48,29 @@ class AttentionEngine:
         family = runtime.family
         self.edits: dict[int, list[AttentionMethod]] = defaultdict(list)
         self.observers: dict[int, list[AttentionMethod]] = defaultdict(list)
-        self.decoder_probes: dict[int, list[DecoderProbe]] = defaultdict(list)
+        self.readers: dict[int, list[RowReader]] = defaultdict(list)
         self.vision_probes: dict[int, list[VisionProbe]] = defaultdict(list)
+        self.listened: set[int] = set()
+        """Layers that passes before the prompt read."""
         for method in methods:
             for layer in method.layers(family):
                 self.edits[layer].append(method)
                 if method.observes:
                     self.observers[layer].append(method)
+            for layer, rows in watched_on_the_way(method, family).items():
+                self.readers[layer].append(RowReader(rows, partial(self._watch, method, layer), edited=False))
+            self.listened.update(watched_beforehand(method, family))
         for probe in decoder_probes:
-            self.decoder_probes[probe.layer].append(probe)
+            self.readers[probe.layer].append(RowReader(probe.rows, _without_rows(probe.receive)))
         for seen in vision_probes:
             self.vision_probes[seen.layer].append(seen)
 
     def attach(self, attachments: Attachments) -> None:
         """Hook everything the methods and probes need; nothing else is touched."""
         family = self.runtime.family
-        text_layers = sorted({*self.edits, *self.decoder_probes})
+        text_layers = sorted({*self.edits, *self.readers, *self.listened})
         if text_layers:
+            _refuse_windows(family, text_layers)
             modules = {layer: family.attention_of(family.layers[layer]) for layer in text_layers}
             # The mask is built from the model's configuration and the call dispatched by the module's: name both.
             route(attachments, [family.text_model.config, *(module.config for module in modules.values())])
@@ -134,36 +92,36 @@ class AttentionEngine:
             return
         hidden = args[0] if args else kwargs["hidden_states"]
         stage = state.stage_at(layer)
-        nothing = torch.empty(hidden.shape[0], 0, dtype=torch.long, device=hidden.device)
         for method in self.observers[layer]:
-            method.observe(hidden, self._context(method, layer, stage, state, nothing))
-
-    def _context(
-        self, method: AttentionMethod, layer: int, stage: Stage, state: PromptState, rows: Tensor
-    ) -> AttentionContext:
-        return AttentionContext(
-            layer=layer,
-            family=self.runtime.family,
-            layout=stage.layout,
-            rows=rows,
-            is_prefill=state.is_prefill,
-            memory=state.memory(method),
-        )
+            context = AttentionContext(
+                layer=layer,
+                family=self.runtime.family,
+                layout=stage.layout,
+                rows=torch.empty(hidden.shape[0], 0, dtype=torch.long, device=hidden.device),
+                is_prefill=True,
+                memory=state.memory(method),
+                index=stage.index,
+            )
+            method.observe(hidden, context)
 
     def _attend_text(self, layer: int, call: AttentionCall) -> AttentionResult:
         state = self.runtime.current
-        methods = [m for m in self.edits[layer] if state is not None and (state.is_prefill or m.on_decode) and m.edits]
-        probes = self.decoder_probes[layer] if state is not None and state.is_prefill else []
-        if state is None or not (methods or probes):
+        if state is None:
+            listener = self.runtime.listeners.get(layer)
+            return listener(call) if listener else call.run_base()
+        methods = [m for m in self.edits[layer] if (state.is_prefill or m.on_decode) and m.edits]
+        readers = self.readers[layer] if state.is_prefill else []
+        if not (methods or readers):
             return call.run_base()
         stage = state.stage_at(layer)
-        plan = stage.rows([*(m.rows for m in methods), *(p.rows for p in probes)], call.query.shape[2])
+        plan = stage.rows([*(m.rows for m in methods), *(r.rows for r in readers)], call.query.shape[2])
         if plan is None:
             return call.run_base()
-        edit = _Edit(self, layer, stage, state, call)
-        if not probes and not any(m.edits - {"scale_heads"} for m in methods):
-            return edit.gain_only(methods, plan)
-        return edit.recompute(methods, probes, plan)
+        return Edit(layer, self.runtime.family, stage, state, call, state.companion).run(methods, readers, plan)
+
+    def _watch(self, method: AttentionMethod, layer: int, weights: Tensor, real: Tensor, rows: Tensor) -> None:
+        assert self.runtime.current is not None
+        show_weights(self.runtime.family, self.runtime.current, method, layer, weights, real, rows)
 
     def _attend_vision(self, layer: int, call: AttentionCall) -> AttentionResult:
         has_cls = self.runtime.family.has_cls
@@ -180,119 +138,20 @@ class AttentionEngine:
         return call.run_base()
 
 
-@dataclass
-class _Edit:
-    """One attention call in one decoder layer, with what the methods may look at."""
-
-    engine: AttentionEngine
-    layer: int
-    stage: Stage
-    state: PromptState
-    call: AttentionCall
-
-    def context(self, method: AttentionMethod, rows: Tensor) -> AttentionContext:
-        return self.engine._context(method, self.layer, self.stage, self.state, rows)
-
-    def gain_only(self, methods: Sequence[AttentionMethod], plan: RowPlan) -> AttentionResult:
-        """Only head gains: no weights are needed, so every row stays fused."""
-        output, weights = self.call.run_base()
-        rows = output.transpose(1, 2)
-        if not plan.covers_all:
-            rows = take_rows(rows, plan.index)
-        queries = self.call.query if plan.covers_all else take_rows(self.call.query, plan.index)
-        edited = self.apply_gains(methods, plan, queries, rows)
-        return self.put_back(output, edited, plan), weights
-
-    def recompute(
-        self,
-        methods: Sequence[AttentionMethod],
-        probes: Sequence[DecoderProbe],
-        plan: RowPlan,
-    ) -> AttentionResult:
-        """Explicit weights for the planned rows, fused attention for the others."""
-        skip_base = plan.covers_all and bool(methods)
-        output, dense = (None, None) if skip_base else self.call.run_base()
-        blocks: list[Tensor] = []
-        weights: Tensor | None = None
-        for start in range(0, plan.num_rows, ROW_BLOCK):
-            part = _slice(plan, start, start + ROW_BLOCK) if plan.num_rows > ROW_BLOCK else plan
-            queries, weights = self.explicit_weights(methods, part)
-            for probe in probes:
-                probe.receive(weights, part.members[probe.rows])
-            if methods:
-                blocks.append(self.apply_gains(methods, part, queries, apply_weights(weights, self.call.value)))
-        if not methods:
-            return output, dense  # type: ignore[return-value] # the base ran: there is nothing to skip it for
-        edited = torch.cat(blocks, dim=2) if len(blocks) > 1 else blocks[0]
-        if output is None:
-            # One block holds the weights of all rows, so output_attentions keeps working where the base returns them.
-            return edited.transpose(1, 2).contiguous(), weights if len(blocks) == 1 else None
-        return self.put_back(output, edited, plan), dense
-
-    def explicit_weights(self, methods: Sequence[AttentionMethod], plan: RowPlan) -> tuple[Tensor, Tensor]:
-        call = self.call
-        queries = take_rows(call.query, plan.index)
-        scores = row_scores(queries, call.key, call.scaling)
-        valid = self.stage.layout.valid if self.stage.mask is not None else None
-        dense = call.mask if isinstance(call.mask, Tensor) and call.mask.dim() == 4 else None
-        allowed = visible(dense, plan.index, call.query.shape[2], call.key.shape[2], valid, causal=True)
-        measure = self.state.is_prefill and bool(methods)
-        before = torch.softmax(hide(scores.clone(), allowed), dim=-1) if measure else None
-        for method in methods:
-            context = self.context(method, plan.index)
-            if "scale_keys" in method.edits and (factor := method.scale_keys(context)) is not None:
-                factor = factor[:, None, None, :] if factor.dim() == 2 else factor[:, :, None, :]
-                scores = _only(plan, method, scores, scores * factor)
-        scores = hide(scores, allowed)
-        for method in methods:
-            if "edit_scores" in method.edits:
-                edited = method.edit_scores(_input(plan, method, scores), self.context(method, plan.index))
-                scores = _only(plan, method, scores, edited)
-        weights = torch.softmax(scores, dim=-1)
-        for method in methods:
-            if "edit_weights" in method.edits:
-                edited = method.edit_weights(_input(plan, method, weights), self.context(method, plan.index))
-                weights = _only(plan, method, weights, edited)
-        if before is not None:
-            distance = (weights - before).abs().sum(dim=-1).mul(0.5).mean(dim=1)
-            self.state.moved[self.layer] = (distance * plan.real).sum() / plan.real.sum()
-        return queries, weights
-
-    def apply_gains(
-        self, methods: Sequence[AttentionMethod], plan: RowPlan, queries: Tensor, outputs: Tensor
-    ) -> Tensor:
-        for method in methods:
-            if "scale_heads" in method.edits:
-                gain = method.scale_heads(queries, outputs, self.context(method, plan.index))
-                if gain is not None:
-                    outputs = _only(plan, method, outputs, outputs * gain.to(outputs.dtype))
-        return outputs
-
-    @staticmethod
-    def put_back(output: Tensor, edited: Tensor, plan: RowPlan) -> Tensor:
-        """Write edited rows ``[B, H, R, d]`` into an attention output ``[B, Nq, H, d]``; filler rows write nothing."""
-        edited = edited.transpose(1, 2).to(output.dtype)
-        if plan.covers_all:
-            return edited.contiguous()
-        sample, row = plan.real.nonzero(as_tuple=True)
-        return output.index_put((sample, plan.index[sample, row]), edited[sample, row])
+def _refuse_windows(family: Family, layers: Sequence[int]) -> None:
+    """Layers whose cache drops or compresses keys: masks of the whole sequence do not fit what they attend to."""
+    kept = getattr(DynamicCache(config=family.text_config), "layers", ())
+    for layer in layers:
+        kind = type(kept[layer]).__name__ if layer < len(kept) else "DynamicLayer"
+        if kind != "DynamicLayer":
+            raise ModelError(
+                f"decoder layer {layer} of {type(family.text_model).__name__} keeps its keys in a {kind}, which does "
+                "not hold the whole sequence; attention can be edited and read in layers of full attention only"
+            )
 
 
-def _only(plan: RowPlan, method: AttentionMethod, before: Tensor, after: Tensor) -> Tensor:
-    """Keep an edit to the rows the method asked for, when others were planned beside them."""
-    if len(plan.members) == 1:
-        return after
-    return torch.where(plan.members[method.rows][:, None, :, None], after, before)
-
-
-def _input(plan: RowPlan, method: AttentionMethod, values: Tensor) -> Tensor:
-    """A method may edit in place; hand it a copy when rows that are not its own must survive."""
-    return values if len(plan.members) == 1 else values.clone()
-
-
-def _slice(plan: RowPlan, start: int, stop: int) -> RowPlan:
-    members = {name: mask[:, start:stop] for name, mask in plan.members.items()}
-    return RowPlan(plan.index[:, start:stop], plan.real[:, start:stop], members, covers_all=False)
+def _without_rows(receive: Callable[[Tensor, Tensor], None]) -> Callable[[Tensor, Tensor, Tensor], None]:
+    return lambda weights, real, rows: receive(weights, real)
 
 
 def _segments(boundaries: Tensor | None, length: int) -> list[tuple[int, int]]:

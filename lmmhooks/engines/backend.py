@@ -49,6 +49,8 @@ class AttentionCall:
         The remaining arguments.
     base
         The model's own function; see `run_base`.
+    backend
+        Its name, such as ``"sdpa"``.
     """
 
     query: Tensor
@@ -57,11 +59,17 @@ class AttentionCall:
     mask: Any
     kwargs: dict[str, Any]
     base: BaseAttention
+    backend: str
 
     @property
     def scaling(self) -> float:
         """Factor on the dot products."""
         return float(self.kwargs.get("scaling") or self.query.shape[-1] ** -0.5)
+
+    @property
+    def dense_mask(self) -> Tensor | None:
+        """The mask where it is one per pair of query and key, ``[B or 1, 1 or H, Nq, >= Nk]``, bool or additive."""
+        return self.mask if isinstance(self.mask, Tensor) and self.mask.dim() == 4 else None
 
     def run_base(self) -> AttentionResult:
         """What the model's own function makes of this call."""
@@ -153,7 +161,7 @@ def _front(base: str) -> Callable[..., AttentionResult]:
 
         for hook in module._forward_pre_hooks.values():
             if isinstance(hook, Port):
-                return hook.handler(AttentionCall(query, key, value, attention_mask, kwargs, call))
+                return hook.handler(AttentionCall(query, key, value, attention_mask, kwargs, call, base))
         return call(query, key, value, attention_mask)
 
     attention.__name__ = f"{PREFIX}{base}"

@@ -48,7 +48,7 @@ def _conflict(family: Any, old: Method, new: Method) -> str | None:
         return "the same method is already on this model"
     if new.id in old.conflicts or old.id in new.conflicts:
         return old.conflicts.get(new.id) or new.conflicts[old.id]
-    if isinstance(old, DecodingMethod) and isinstance(new, DecodingMethod):
+    if all(any(isinstance(part, DecodingMethod) for part in method.parts()) for method in (old, new)):
         return "both define the next-token logits"
     if isinstance(old, ReductionMethod) and isinstance(new, ReductionMethod):
         shared = {cut.layer for cut in old.cuts(family)} & {cut.layer for cut in new.cuts(family)}

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lmmhooks.engines.attention import DecoderProbe, VisionProbe
+from lmmhooks.engines.probes import DecoderProbe, VisionProbe
 from lmmhooks.engines.sequences import gather_last
 from lmmhooks.engines.state import PromptState, Stage
 from lmmhooks.errors import PromptError
-from lmmhooks.methods.reduction.base import Probe
+from lmmhooks.methods.probe import Probe
 
 if TYPE_CHECKING:
     from lmmhooks.engines.runtime import Runtime

@@ -18,8 +18,8 @@ from transformers import DynamicCache
 from transformers.masking_utils import create_causal_mask
 
 from lmmhooks.engines.attach import Attachments
-from lmmhooks.engines.attention import DecoderProbe, VisionProbe
 from lmmhooks.engines.cutting import Selection, select_tokens
+from lmmhooks.engines.probes import DecoderProbe, VisionProbe
 from lmmhooks.engines.probing import Readings
 from lmmhooks.engines.sequences import (
     gather_deepstack,

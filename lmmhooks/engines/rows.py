@@ -78,7 +78,7 @@ def take_rows(states: Tensor, index: Tensor) -> Tensor:
     return states.gather(2, index[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3]))
 
 
-def row_scores(queries: Tensor, keys: Tensor, scaling: float) -> Tensor:
+def row_scores(queries: Tensor, keys: Tensor, scaling: float, softcap: float | None = None) -> Tensor:
     """
     Scaled logits of some rows, in float32, with grouped keys read in place.
 
@@ -88,6 +88,10 @@ def row_scores(queries: Tensor, keys: Tensor, scaling: float) -> Tensor:
         ``[B, H, R, d]``.
     keys
         ``[B, Hkv, N, d]``, ``H`` a multiple of ``Hkv``.
+    scaling
+        Factor on the dot products.
+    softcap
+        Bound c of decoders that squash logits to ``c tanh(logit / c)``; None for the others.
 
     Returns
     -------
@@ -99,7 +103,8 @@ def row_scores(queries: Tensor, keys: Tensor, scaling: float) -> Tensor:
     # Folding the group into the rows spares the H x N copy of the keys that repeat_kv makes.
     folded = queries.reshape(batch, keys.shape[1], groups * rows, width)
     scores = torch.matmul(folded, keys.transpose(2, 3)) * scaling
-    return scores.view(batch, heads, rows, keys.shape[2]).float()
+    scores = scores.view(batch, heads, rows, keys.shape[2]).float()
+    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
 
 
 def apply_weights(weights: Tensor, values: Tensor) -> Tensor:

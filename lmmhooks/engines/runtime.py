@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -20,12 +20,16 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from lmmhooks.engines.attach import Attachments
-from lmmhooks.engines.attention import AttentionEngine, DecoderProbe
+from lmmhooks.engines.attention import AttentionEngine
+from lmmhooks.engines.backend import AttentionCall, AttentionResult
+from lmmhooks.engines.preparing import PromptPreparer
+from lmmhooks.engines.probes import DecoderProbe
 from lmmhooks.engines.state import PromptState
 from lmmhooks.errors import MethodError, PromptError
 from lmmhooks.family import Family, VisionInputs
 from lmmhooks.layout import Layout, build_layout
 from lmmhooks.methods.attention.base import AttentionMethod
+from lmmhooks.methods.attention.steering import SteeringMethod
 from lmmhooks.methods.base import Method
 from lmmhooks.methods.decoding.base import DecodingMethod
 from lmmhooks.methods.reduction.base import ReductionMethod
@@ -66,6 +70,8 @@ class Runtime:
         """Attention read for its own sake, beside what methods need."""
         self.encoder_hook: Callable[[str, Callable[..., Any], dict[str, Any]], Any] | None = None
         """Runs the encoder instead of a plain call: decoding branches encode several variants of an image at once."""
+        self.listeners: Mapping[int, Callable[[AttentionCall], AttentionResult]] = {}
+        """Decoder layers whose attention calls somebody answers while no prompt is followed."""
         self.prepared: tuple[Layout, list[VisionInputs]] | None = None
         """Layout and encoder calls of the coming prompt, from an engine that made its rows itself."""
         self._states: WeakKeyDictionary[Cache, PromptState] = WeakKeyDictionary()
@@ -90,7 +96,14 @@ class Runtime:
 
     def methods(self) -> list[Method]:
         """Methods of all enabled patches, in the order in which they were given."""
-        return [m for patch in self.patches if patch.enabled for m in patch.methods if not m.is_identity]
+        given = [m for patch in self.patches if patch.enabled for m in patch.methods if not m.is_identity]
+        return [part for method in given for part in method.parts() if not part.is_identity]
+
+    @property
+    def tokenizer(self) -> Any:
+        """Of the newest processor that was given to ``wrap``; None without one."""
+        processors = [patch.processor for patch in self.patches if patch.processor is not None]
+        return getattr(processors[-1], "tokenizer", None) if processors else None
 
     def refresh(self) -> None:
         """Attach exactly what the enabled patches need; nothing at all when there are none."""
@@ -153,6 +166,10 @@ class Runtime:
 
             BranchEngine(self, branching).attach(attach)
         self._follow(attach)
+        edits, steers = of_kind(methods, AttentionMethod), of_kind(methods, SteeringMethod)
+        preparer = PromptPreparer(self, [*edits, *steers])
+        # Before the reduction engine: what holds for a prompt is computed on the prompt as given.
+        preparer.attach(attach)
         if reducers:
             from lmmhooks.engines.reduction import ReductionEngine
 
@@ -161,10 +178,14 @@ class Runtime:
             reduction.attach(attach)
         AttentionEngine(
             self,
-            of_kind(methods, AttentionMethod),
+            edits,
             [*self.probes, *(reduction.decoder_probes if reduction else ())],
-            reduction.vision_probes if reduction else (),
+            [*preparer.vision_probes, *(reduction.vision_probes if reduction else ())],
         ).attach(attach)
+        if steers:
+            from lmmhooks.engines.steering import SteeringEngine
+
+            SteeringEngine(self, steers).attach(attach)
 
     def _follow(self, attach: Attachments) -> None:
         """Attach what keeps track of prompts: needed by every engine, changes nothing by itself."""
@@ -296,6 +317,7 @@ class Runtime:
             stage.scratch.clear()
         if state.is_prefill:
             state.vision.clear()
+            state.companion = None
             cache = getattr(output, "past_key_values", None)
             cache = cache if cache is not None else kwargs.get("past_key_values")
             if isinstance(cache, Cache):

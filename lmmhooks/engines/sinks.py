@@ -18,7 +18,8 @@ from PIL import Image
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from lmmhooks.engines.attention import AttentionEngine, DecoderProbe
+from lmmhooks.engines.attention import AttentionEngine
+from lmmhooks.engines.probes import DecoderProbe
 from lmmhooks.prompting import build_inputs
 
 if TYPE_CHECKING:

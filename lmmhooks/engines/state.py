@@ -81,9 +81,11 @@ def select_rows(layout: Layout, name: str) -> Tensor:
         return layout.after_image
     if name == "last":
         return layout.last
+    if name == "instruction":
+        return layout.instruction
     if name == "all":
         return layout.valid
-    raise PromptError(f"no row selection is called {name!r}; there are: after_image, last, all")
+    raise PromptError(f"no row selection is called {name!r}; there are: after_image, instruction, last, all")
 
 
 class PromptState:
@@ -105,6 +107,8 @@ class PromptState:
         """How many of them the forward that read the prompt held, stacked block after block."""
         self.branch_steps: float | None = None
         """Share of decode steps on which decoding branches ran; None without branches."""
+        self.companion: Any = None
+        """The reading of the prompt without images, while the prompt is read and some method asks for one."""
         self.vision: list[Any] = []
         self.num_queries = int(input_ids.shape[1])
         self.next_position: Tensor | None = None

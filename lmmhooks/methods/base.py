@@ -117,6 +117,14 @@ class Method:
         """The method with every model-dependent ``None`` filled in (thresholds that scale with width, say)."""
         return self
 
+    def parts(self) -> tuple[Method, ...]:
+        """
+        What the engines attach: the method itself, or its pieces where it acts at several kinds of place.
+
+        A method that edits attention and contrasts branches, say, names an attention method and a decoding method here.
+        """
+        return (self,)
+
     @property
     def is_identity(self) -> bool:
         """Whether these settings cannot change anything; nothing is attached then, so output is bit-identical."""

@@ -11,9 +11,10 @@ from torch.nn.attention.flex_attention import flex_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
 import lmmhooks
-from lmmhooks.engines import attention as engine
-from lmmhooks.engines.attention import AttentionEngine, DecoderProbe, VisionProbe
+from lmmhooks.engines import editing
+from lmmhooks.engines.attention import AttentionEngine
 from lmmhooks.engines.backend import PREFIX, base_name
+from lmmhooks.engines.probes import DecoderProbe, VisionProbe
 from lmmhooks.engines.rows import plan_rows, received_attention, row_scores, visible
 from lmmhooks.engines.runtime import Runtime
 from lmmhooks.family import resolve
@@ -138,7 +139,7 @@ def test_flex_backend(method, monkeypatch):
 
 
 def test_long_plans_are_split_into_blocks(monkeypatch):
-    monkeypatch.setattr(engine, "ROW_BLOCK", 5)
+    monkeypatch.setattr(editing, "ROW_BLOCK", 5)
     compare(build("llava"), HalveFirst())
     compare(build("llava"), ScaleKeys())
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import lmmhooks
-from lmmhooks.methods.reduction.base import Cut, Probe, ReductionMethod
+from lmmhooks.methods.probe import Probe
+from lmmhooks.methods.reduction.base import Cut, ReductionMethod
 from lmmhooks.methods.reduction.selection import top_ascending
 from tests.engines.reducers import MROPE, STEPS, TOLERANCE, ByNorm, check, naive_by_norm, visual_groups
 from tests.reference.reduction import best, keep_only, reduced_logits

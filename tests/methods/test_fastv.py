@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import lmmhooks
-from lmmhooks.engines import attention
+from lmmhooks.engines import editing
 from lmmhooks.engines.runtime import find_runtime
 from lmmhooks.methods.reduction.fastv import FastV
 from tests.engines.reducers import visual_groups
@@ -49,7 +49,7 @@ def test_equals_the_naive_rendering_at_prefill_and_decode(family, per_image):
 @pytest.mark.parametrize("rows", ["after_image", "all"])
 def test_other_rows_may_be_averaged(rows, block, monkeypatch):
     # Rows of long prompts are read in blocks.
-    monkeypatch.setattr(attention, "ROW_BLOCK", block)
+    monkeypatch.setattr(editing, "ROW_BLOCK", block)
     zoo, eager = build("llava"), build("llava", attn="eager")
     inputs = zoo.inputs(batch=2)
     with torch.no_grad(), lmmhooks.wrap(zoo.model, FastV(keep=5, rows=rows)):

@@ -6,9 +6,11 @@ Shapes: B rows of the batch, H query heads, R edited query rows, N keys, D width
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch.nn.functional import pad
 
 from lmmhooks.methods.base import Method
 
@@ -16,8 +18,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lmmhooks.layout import Layout
+    from lmmhooks.methods.probe import Probe
+    from lmmhooks.methods.prompt import PromptContext
 
-__all__ = ["AttentionContext", "AttentionMethod"]
+__all__ = ["AttentionContext", "AttentionMethod", "SegmentMethod"]
 
 STEPS = ("scale_keys", "edit_scores", "edit_weights", "scale_heads")
 
@@ -41,6 +45,13 @@ class AttentionContext:
         True for the forward that reads the prompt.
     memory
         Dictionary private to the method and emptied at every new prompt.
+    keys
+        ``[B, Hkv, N, d]`` after rotary embedding; not to be changed. None in `AttentionMethod.observe`.
+    scaling
+        Factor on the dot products.
+    index
+        ``[B, N]`` position of every key in the prompt as given, -1 for padding and for tokens that came later; None
+        where nothing was removed from the prompt.
     """
 
     layer: int
@@ -49,6 +60,32 @@ class AttentionContext:
     rows: Tensor
     is_prefill: bool
     memory: dict[Any, Any]
+    keys: Any = None
+    scaling: float = 1.0
+    index: Tensor | None = None
+
+    def localize(self, values: Tensor, fill: float = 0) -> Tensor:
+        """
+        Values per prompt position as values per key of this call.
+
+        Parameters
+        ----------
+        values
+            ``[B, ..., N0]``, one per position of the prompt as given, before any reduction.
+        fill
+            For padding and for tokens that came after the prompt.
+
+        Returns
+        -------
+        Tensor
+            ``[B, ..., N]``.
+        """
+        if self.index is not None:
+            index = self.index.to(values.device)
+            shape = (index.shape[0], *[1] * (values.dim() - 2), index.shape[1])
+            picked = values.gather(-1, index.clamp(min=0).view(shape).expand(*values.shape[:-1], -1))
+            values = picked.masked_fill((index < 0).view(shape), fill)
+        return pad(values, (0, self.layout.length - values.shape[-1]), value=fill)
 
 
 @dataclass(frozen=True)
@@ -64,11 +101,16 @@ class AttentionMethod(Method):
 
     kind: ClassVar[str] = "attention"
     rows: ClassVar[str] = "after_image"
-    """Edited rows of the prompt: ``"after_image"`` (text with a visual token before it), ``"last"`` or ``"all"``."""
+    """
+    Edited rows of the prompt: ``"after_image"`` (text with a visual token before it), ``"last"``, ``"instruction"``
+    (text after the first visual token, all of it without an image) or ``"all"``.
+    """
     on_decode: ClassVar[bool] = True
     """Whether rows of generated tokens are edited too."""
     observes: ClassVar[bool] = False
     """Whether :meth:`observe` wants the input of each of its layers at prefill."""
+    contrasts_text: ClassVar[bool] = False
+    """Whether :meth:`choose_heads` wants heads compared with a reading of the prompt without its images."""
 
     edits: ClassVar[frozenset[str]] = frozenset()
     """Steps the class defines itself, found when it is created; the engine skips those that no method defines."""
@@ -81,6 +123,17 @@ class AttentionMethod(Method):
         """Decoder layers that are edited, 0-based."""
         return range(family.num_layers)
 
+    # -- before the decoder reads a prompt ----------------------------------------------------------------------------
+
+    def probes(self, family: Any) -> Sequence[Probe]:
+        """Signals of the vision tower that :meth:`prepare` reads; ``vision_cls`` and ``vision_received`` only."""
+        return ()
+
+    def prepare(self, prompt: PromptContext) -> None:
+        """Compute what holds for the whole prompt and keep it in ``prompt.memory``."""
+
+    # -- while the decoder reads a prompt -----------------------------------------------------------------------------
+
     def observe(self, hidden: Tensor, context: AttentionContext) -> None:
         """
         Look at the input of a layer during prefill, before its norm.
@@ -92,6 +145,51 @@ class AttentionMethod(Method):
         context
             ``context.rows`` is empty here.
         """
+
+    def watched(self, family: Any) -> Mapping[int, str]:
+        """
+        Layers whose attention weights :meth:`watch` wants to see at prefill, each with a row selection as in ``rows``.
+
+        Where all of them lie below the first edited layer they are read on the way; otherwise the engine runs the
+        unpatched decoder up to the last of them first.
+        """
+        return {}
+
+    def watch(self, weights: Tensor, real: Tensor, context: AttentionContext) -> None:
+        """
+        Look at attention weights of a layer in `watched`; called once per layer and prompt, before any edit.
+
+        Parameters
+        ----------
+        weights
+            ``[B, H, R, N]`` float32; must not be changed.
+        real
+            ``[B, R]`` bool, False for filler rows of samples that have fewer rows.
+        context
+            Its ``rows`` are the rows of ``weights``.
+        """
+
+    def choose_heads(self, outputs: Tensor, without_image: Tensor, context: AttentionContext) -> Tensor:
+        """
+        Decide on gains by comparing heads with and without the image, layer by layer while the prompt is read.
+
+        The reading without images advances beside the prompt and gets the same gains, so that each layer is judged on
+        inputs that the layers below have already shaped.
+
+        Parameters
+        ----------
+        outputs, without_image
+            ``[B, H, d]`` attention output at the last position, before the output projection.
+
+        Returns
+        -------
+        Tensor
+            Gain ``[B, H]`` for the reading without images; the method keeps it in ``context.memory`` for
+            :meth:`scale_heads`, which is called next.
+        """
+        raise NotImplementedError
+
+    # -- edits --------------------------------------------------------------------------------------------------------
 
     def scale_keys(self, context: AttentionContext) -> Tensor | None:
         """Factors on keys for the edited rows, ``[B, N]`` or ``[B, H, N]`` float32, or None for no change."""
@@ -146,3 +244,71 @@ class AttentionMethod(Method):
             Gain broadcastable to ``[B, H, R, 1]``, or None for no change.
         """
         return None
+
+
+@dataclass(frozen=True)
+class SegmentMethod(AttentionMethod):
+    """
+    Reweights a small set of keys against all others in every row: ``w = inside`` on the set, ``outside`` elsewhere.
+
+    The set is chosen per head from the attention that keys receive at prefill, and kept for the rest of the prompt. The
+    engine needs no weights for it: with mass ``m`` and output ``O_S`` of the set, the row's output is
+    ``outside * O + (inside - outside) * m * O_S``, which costs a few gathered keys instead of all of them.
+    """
+
+    rows: ClassVar[str] = "all"
+
+    def heads(self, layer: int, family: Any) -> Sequence[int] | None:
+        """Query heads that are edited in a layer; None for all of them."""
+        return None
+
+    def choose(self, received: Tensor, seen: Tensor, context: AttentionContext) -> Tensor:
+        """
+        Choose the set.
+
+        Parameters
+        ----------
+        received
+            ``[B, H', N]`` float32: mean attention of the rows that can see a key, for the edited heads.
+        seen
+            ``[B, N]`` long: how many rows that is; 0 at padding.
+
+        Returns
+        -------
+        Tensor
+            ``[B, H', N]`` bool.
+        """
+        raise NotImplementedError
+
+    def factors(self, mass: Tensor) -> tuple[Tensor, Tensor]:
+        """
+        Weights of the set and of everything else.
+
+        Parameters
+        ----------
+        mass
+            ``[B, H', R]`` float32 in [0, 1]: attention of a row on the set.
+
+        Returns
+        -------
+        tuple
+            ``inside`` and ``outside``, broadcastable to ``[B, H', R]``.
+        """
+        raise NotImplementedError
+
+    def edit_weights(self, weights: Tensor, context: AttentionContext) -> Tensor:
+        chosen = self.chosen(context)
+        heads = self.heads(context.layer, context.family)
+        part = weights if heads is None else weights[:, list(heads)]
+        mass = (part * chosen[:, :, None, :]).sum(dim=-1)
+        inside, outside = (factor.expand_as(mass)[..., None] for factor in self.factors(mass))
+        edited = part * outside.where(~chosen[:, :, None, :], inside)
+        if heads is None:
+            return edited
+        weights[:, list(heads)] = edited
+        return weights
+
+    def chosen(self, context: AttentionContext) -> Tensor:
+        """The set of this layer, ``[B, H', N]`` bool, over all keys of this call."""
+        chosen: Tensor = context.memory[context.layer]
+        return pad(chosen, (0, context.layout.length - chosen.shape[-1]))

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lmmhooks.errors import MethodError
 from lmmhooks.methods.base import Method, setting
+from lmmhooks.methods.probe import Probe
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["CropwiseMethod", "Cut", "Newline", "Positions", "Probe", "ReductionMethod", "Scope", "TokenGroup"]
+__all__ = ["CropwiseMethod", "Cut", "Newline", "Positions", "ReductionMethod", "Scope", "TokenGroup"]
 
 Positions = Literal["auto", "keep", "repack"]
 Newline = Literal["drop", "keep_per_row", "per_kept_row", "rank"]
@@ -52,33 +53,6 @@ class Cut:
     layer: int
     keep: int | float | None
     hide: bool = False
-
-
-@dataclass(frozen=True)
-class Probe:
-    """
-    A signal that a method scores tokens by. Head mean, after the softmax, float32 in the decoder, not renormalised.
-
-    Attributes
-    ----------
-    signal
-        ``"vision_cls"``: attention of the class token in vision layer ``layer``. ``"vision_received"``: mean
-        attention a patch receives there. ``"decoder_rows"``: attention that prompt rows of decoder layer ``layer``
-        pay, mean over the rows.
-    layer
-        Vision or decoder layer, 0-based. A decoder layer must lie before the cut that reads it.
-    rows
-        For ``"decoder_rows"``: ``"last"`` prompt row, text rows ``"after_image"``, or ``"all"``.
-    """
-
-    signal: Literal["vision_cls", "vision_received", "decoder_rows"]
-    layer: int
-    rows: Literal["last", "after_image", "all"] = "last"
-
-    @property
-    def name(self) -> str:
-        """Key of the values in `TokenGroup.probes`, such as ``"decoder_rows[1, last]"``."""
-        return f"{self.signal}[{self.layer}{f', {self.rows}' if self.signal == 'decoder_rows' else ''}]"
 
 
 @dataclass(frozen=True, eq=False)

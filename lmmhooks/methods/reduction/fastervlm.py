@@ -16,7 +16,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from lmmhooks.methods.base import setting
-from lmmhooks.methods.reduction.base import CropwiseMethod, Probe, TokenGroup
+from lmmhooks.methods.probe import Probe
+from lmmhooks.methods.reduction.base import CropwiseMethod, TokenGroup
 from lmmhooks.methods.reduction.selection import top_ascending
 from lmmhooks.methods.reduction.vision_scores import saliency_probe
 

@@ -15,7 +15,8 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from lmmhooks.methods.base import setting
-from lmmhooks.methods.reduction.base import Cut, Newline, Positions, Probe, ReductionMethod, Scope, TokenGroup
+from lmmhooks.methods.probe import Probe
+from lmmhooks.methods.reduction.base import Cut, Newline, Positions, ReductionMethod, Scope, TokenGroup
 from lmmhooks.methods.reduction.selection import top_ascending
 
 __all__ = ["FastV"]

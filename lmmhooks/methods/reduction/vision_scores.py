@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from lmmhooks.errors import MethodError
-from lmmhooks.methods.reduction.base import Probe, ReductionMethod
+from lmmhooks.methods.probe import Probe
+from lmmhooks.methods.reduction.base import ReductionMethod
 
 __all__ = ["saliency_probe"]
 

@@ -1,0 +1,51 @@
+"""Requests to read attention while a prompt is read; the attention engine serves them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+__all__ = ["DecoderProbe", "VisionProbe"]
+
+
+@dataclass(frozen=True)
+class DecoderProbe:
+    """
+    Reads attention weights of prompt rows of one decoder layer, after any edits, while the prompt is read.
+
+    Attributes
+    ----------
+    layer
+        Decoder layer, 0-based.
+    rows
+        Named row selection (see `AttentionMethod.rows`).
+    receive
+        Called with weights ``[B, H, R, N]`` float32 and ``[B, R]`` bool that is False for filler rows.
+    """
+
+    layer: int
+    rows: str
+    receive: Callable[[Tensor, Tensor], None]
+
+
+@dataclass(frozen=True)
+class VisionProbe:
+    """
+    Reads attention in one layer of the vision tower.
+
+    Attributes
+    ----------
+    layer
+        Vision layer, 0-based.
+    kind
+        ``"cls"``: the row of the class token, ``[crops, H, patches]`` without the class column, not renormalised.
+        ``"received"``: mean over query rows, ``[crops, H, patches]``; class row and column left out where there is one.
+    receive
+        Called once per attention call: once per crop batch (CLIP-like), once per image or window (Qwen-like).
+    """
+
+    layer: int
+    kind: str
+    receive: Callable[[Tensor], None]

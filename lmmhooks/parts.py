@@ -1,0 +1,49 @@
+"""Where a transformer layer keeps its attention and its feed-forward module."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .errors import ModelError
+
+__all__ = ["LayerParts"]
+
+
+class LayerParts:
+    """Base of `lmmhooks.family.Family`: the parts of one decoder or vision layer."""
+
+    @staticmethod
+    def attention_of(layer: nn.Module) -> nn.Module:
+        """
+        The self-attention module of a decoder or vision layer.
+
+        Raises
+        ------
+        ModelError
+            The layer has none, for example a linear-attention layer of a hybrid decoder.
+        """
+        for child in layer.children():
+            if type(child).__name__.endswith("Attention"):
+                return child
+        raise ModelError(
+            f"layer {type(layer).__name__} holds no attention module (a child whose class name ends in 'Attention'); "
+            f"its children are {', '.join(type(child).__name__ for child in layer.children()) or 'none'}"
+        )
+
+    @staticmethod
+    def mlp_of(layer: nn.Module) -> nn.Module:
+        """
+        The feed-forward module of a decoder or vision layer.
+
+        Raises
+        ------
+        ModelError
+            The layer has none that can be told.
+        """
+        for name in ("mlp", "feed_forward", "ffn"):
+            if isinstance(child := getattr(layer, name, None), nn.Module):
+                return child
+        raise ModelError(
+            f"layer {type(layer).__name__} holds no feed-forward module (mlp, feed_forward or ffn); "
+            f"its children are {', '.join(name for name, _ in layer.named_children()) or 'none'}"
+        )
