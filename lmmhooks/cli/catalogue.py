@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import sys
 from importlib.resources import files
 from typing import Any
 
 __all__ = ["describe_families", "describe_methods", "support_matrix"]
+
+MARK = "UNVERIFIED"
+"""How method files mark what could be checked against neither the paper nor the released code."""
 
 
 def _first_sentence(text: str) -> str:
@@ -25,17 +29,20 @@ def describe_methods() -> dict[str, dict[str, Any]]:
     Returns
     -------
     dict
-        By id, in the order of kinds.
+        By id, in the order of kinds. ``unverified`` lists what could be checked against neither paper nor released
+        code: sentences of the description, and settings by name; empty where everything could.
     """
     from lmmhooks.methods.registry import all_methods
 
     described = {}
     for name, cls in all_methods().items():
         module = sys.modules[cls.__module__].__doc__ or cls.__doc__ or ""
+        about = inspect.cleandoc(module)
         described[name] = {
             "kind": cls.kind,
             "summary": _first_sentence(module),
-            "about": inspect.cleandoc(module),
+            "about": about,
+            "unverified": _unverified(about, cls),
             "paper": cls.paper,
             "code": cls.code,
             "source": cls.__module__.replace(".", "/") + ".py",
@@ -48,6 +55,13 @@ def describe_methods() -> dict[str, dict[str, Any]]:
             "conflicts": dict(cls.conflicts),
         }
     return described
+
+
+def _unverified(about: str, cls: Any) -> list[str]:
+    """Sentences of a description and settings that carry the mark UNVERIFIED."""
+    sentences = re.split(r"(?<=[.:])\s+", " ".join(about.split()))
+    marked = [sentence for sentence in sentences if MARK in sentence]
+    return marked + [f"{key}: {each.help}" for key, each in cls.hyperparameters().items() if MARK in each.help]
 
 
 def describe_families() -> dict[str, dict[str, Any]]:

@@ -33,6 +33,7 @@ def test_one_method() -> None:
     details = json.loads(invoke("methods", "var", "--json").out)
     assert details["settings"]["p"]["default"] == 0.6
     assert details["source"] == "lmmhooks/methods/attention/var.py"
+    assert [claim.partition(":")[0] for claim in details["unverified"]] == ["tau", "sink_dims"]
 
 
 def test_kinds_filter() -> None:
