@@ -19,7 +19,7 @@ from lmmhooks.methods.base import setting
 from lmmhooks.methods.probe import Probe
 from lmmhooks.methods.reduction.base import CropwiseMethod, TokenGroup
 from lmmhooks.methods.reduction.selection import top_ascending
-from lmmhooks.methods.reduction.vision_scores import saliency_probe
+from lmmhooks.methods.vision_scores import saliency_probe
 
 __all__ = ["FasterVLM"]
 

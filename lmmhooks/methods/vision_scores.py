@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from lmmhooks.errors import MethodError
+from lmmhooks.methods.base import Method
 from lmmhooks.methods.probe import Probe
-from lmmhooks.methods.reduction.base import ReductionMethod
 
 __all__ = ["saliency_probe"]
 
 
-def saliency_probe(method: ReductionMethod, family: Any, layer: int | None) -> Probe:
+def saliency_probe(
+    method: Method, family: Any, layer: int | None, *, preferred: int | None = None, name: str = "layer"
+) -> Probe:
     """
     The probe that ranks patches of this model.
 
@@ -22,8 +24,12 @@ def saliency_probe(method: ReductionMethod, family: Any, layer: int | None) -> P
     family
         The model family.
     layer
-        Vision layer, 0-based. None: `Family.feature_layer`; without a class token, the full-attention layer nearest to
-        it, the earlier one of two.
+        Vision layer, 0-based. None: the preferred one; without a class token, the full-attention layer nearest to it,
+        the earlier one of two.
+    preferred
+        Layer that the method was published with; None: `Family.feature_layer`.
+    name
+        The method's setting that ``layer`` comes from, for the error.
 
     Raises
     ------
@@ -32,11 +38,12 @@ def saliency_probe(method: ReductionMethod, family: Any, layer: int | None) -> P
     """
     depth, whole = len(family.vision_layers), family.full_attention_vision_layers
     if layer is not None and not 0 <= layer < depth:
-        raise MethodError(f"{method.id}: layer={layer} is not in the vision tower, which has layers 0 to {depth - 1}")
+        raise MethodError(f"{method.id}: {name}={layer} is not in the vision tower, which has layers 0 to {depth - 1}")
+    preferred = family.feature_layer if preferred is None else preferred
     if family.has_cls:
-        return Probe("vision_cls", family.feature_layer if layer is None else layer)
+        return Probe("vision_cls", preferred if layer is None else layer)
     if layer is None:
-        layer = min(whole, key=lambda i: (abs(i - family.feature_layer), i))
+        layer = min(whole, key=lambda i: (abs(i - preferred), i))
     if layer not in whole:
         listed = ", ".join(map(str, whole))
         raise MethodError(f"{method.id}: vision layer {layer} attends inside windows; layers that see all: {listed}")
