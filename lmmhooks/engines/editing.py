@@ -91,6 +91,7 @@ class Edit:
             keys=self.keys,
             scaling=self.call.scaling,
             index=self.stage.index,
+            weights_of=self.plain_weights,
         )
 
     def run(self, methods: Sequence[AttentionMethod], readers: Sequence[RowReader], plan: RowPlan) -> AttentionResult:
@@ -160,7 +161,7 @@ class Edit:
 
         The second is None where nobody needs it: at decode, and without methods (then it would be the first).
         """
-        scores, allowed = self._scores(plan)
+        scores, allowed = self._scores(plan.index)
         measure = bool(methods) and (before or self.state.is_prefill)
         unedited = torch.softmax(hide(scores.clone(), allowed), dim=-1) if measure else None
         for method in methods:
@@ -180,11 +181,15 @@ class Edit:
                 weights = _only(plan, method, weights, edited)
         return weights, unedited
 
-    def _scores(self, plan: RowPlan) -> tuple[Tensor, Tensor | None]:
-        """Logits of the planned rows before masking, and what each of them may see."""
-        queries = take_rows(self.call.query, plan.index)
+    def plain_weights(self, index: Tensor) -> Tensor:
+        """Weights ``[B, H, R, N]`` without edits of rows ``index [B, R]``, whether any method edits them or not."""
+        return torch.softmax(hide(*self._scores(index)), dim=-1)
+
+    def _scores(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits of rows ``index [B, R]`` before masking, and what each of them may see."""
+        queries = take_rows(self.call.query, index)
         scores = row_scores(queries, self.keys, self.call.scaling, self.call.kwargs.get("softcap"))
-        return scores, self._visible(plan.index)
+        return scores, self._visible(index)
 
     def _visible(self, index: Tensor) -> Tensor | None:
         valid = self.stage.layout.valid if self.stage.mask is not None else None

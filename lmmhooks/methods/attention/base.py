@@ -52,6 +52,9 @@ class AttentionContext:
     index
         ``[B, N]`` position of every key in the prompt as given, -1 for padding and for tokens that came later; None
         where nothing was removed from the prompt.
+    weights_of
+        Rows ``[B, R]`` of this call, edited or not, to the weights ``[B, H, R, N]`` float32 they have without any edit
+        in this layer. Computed anew at every call of it; None where there are no ``keys``.
     """
 
     layer: int
@@ -63,6 +66,7 @@ class AttentionContext:
     keys: Any = None
     scaling: float = 1.0
     index: Tensor | None = None
+    weights_of: Any = None
 
     def localize(self, values: Tensor, fill: float = 0) -> Tensor:
         """
