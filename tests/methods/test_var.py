@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import lmmhooks
-from lmmhooks.methods.attention.var import Var, redistribute, sink_scores
+from lmmhooks.methods.attention.sinks import sink_scores
+from lmmhooks.methods.attention.var import Var, redistribute
 from tests.reference.attention import dense_attention, full_logits, var
 from tests.zoo import FAMILIES, build
 

@@ -21,12 +21,13 @@ import torch
 from torch.nn.functional import pad
 
 from lmmhooks.methods.attention.base import AttentionContext, AttentionMethod
+from lmmhooks.methods.attention.sinks import sink_scores, sink_threshold
 from lmmhooks.methods.base import setting
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Var", "redistribute", "sink_scores"]
+__all__ = ["Var", "image_centric", "redistribute"]
 
 #: Channels of massive activations. Source: released code (Llama-2 backbones), paper appendix (Qwen2-VL, InternVL2).
 SINK_DIMS: dict[tuple[str, int, int], tuple[int, ...]] = {
@@ -37,26 +38,32 @@ SINK_DIMS: dict[tuple[str, int, int], tuple[int, ...]] = {
 }
 
 
-def sink_scores(hidden: Tensor, dims: Sequence[int] | None) -> Tensor:
+def image_centric(weights: Tensor, sinks: Tensor, visual: Tensor, rho: float, min_visual: float) -> Tensor:
     """
-    How much a position looks like a sink: largest magnitude among the channels, in units of the row's RMS.
+    Rows and heads that look at the image, and there mostly at what is no sink.
 
     Parameters
     ----------
-    hidden
-        ``[B, N, D]`` residual stream before the norm of a layer.
-    dims
-        Sink channels, or None for the largest over all channels.
+    weights
+        ``[B, H, R, N]`` attention rows.
+    sinks, visual
+        ``[B, N]`` bool.
+    rho
+        Least share of a row's visual mass that lies outside sinks.
+    min_visual
+        Least visual mass of a row.
 
     Returns
     -------
     Tensor
-        ``[B, N]`` float32 in ``[0, sqrt(D)]``.
+        ``[B, H, R, 1]`` bool.
     """
-    x = hidden.float()
-    rms = (x.square().mean(dim=-1) + 1e-6).sqrt()
-    chosen = x if dims is None else x[..., list(dims)]
-    return chosen.abs().amax(dim=-1) / rms
+    is_visual = visual[:, None, None, :]
+    mass_visual = (weights * is_visual).sum(dim=-1, keepdim=True)
+    mass_sink = (weights * (is_visual & sinks[:, None, None, :])).sum(dim=-1, keepdim=True)
+    # 1e-6 is added per visual key before summing, as released.
+    share = mass_sink / (mass_visual + 1e-6 * is_visual.sum(dim=-1, keepdim=True)).clamp_min(1e-12)
+    return (mass_visual >= min_visual) & (1 - share >= rho)
 
 
 def redistribute(weights: Tensor, sinks: Tensor, visual: Tensor, p: float, rho: float, min_visual: float) -> Tensor:
@@ -84,13 +91,9 @@ def redistribute(weights: Tensor, sinks: Tensor, visual: Tensor, p: float, rho: 
     is_visual = visual[:, None, None, :]
     is_sink = sinks[:, None, None, :]
     target = is_visual & ~is_sink
-    mass_visual = (weights * is_visual).sum(dim=-1, keepdim=True)
-    mass_sink_visual = (weights * (is_visual & is_sink)).sum(dim=-1, keepdim=True)
     mass_target = (weights * target).sum(dim=-1, keepdim=True)
     mass_sink = (weights * is_sink).sum(dim=-1, keepdim=True)
-    # 1e-6 is added per visual key before summing, as released.
-    share = mass_sink_visual / (mass_visual + 1e-6 * is_visual.sum(dim=-1, keepdim=True)).clamp_min(1e-12)
-    gate = (mass_visual >= min_visual) & (1 - share >= rho) & (is_visual & is_sink).any(dim=-1, keepdim=True)
+    gate = image_centric(weights, sinks, visual, rho, min_visual) & (is_visual & is_sink).any(dim=-1, keepdim=True)
     # Without visual non-sinks there is nowhere to move mass to, and the row would no longer sum to 1.
     gate = gate & (mass_target >= 1e-6)
     gain = p * mass_sink / mass_target.clamp_min(1e-6)
@@ -170,9 +173,7 @@ class Var(AttentionMethod):
 
     def threshold(self, width: int) -> float:
         """The sink threshold for a model of this width; scores never exceed ``sqrt(width)``."""
-        if self.tau is not None:
-            return self.tau
-        return 20.0 if width >= 2048 else 0.3125 * math.sqrt(width)
+        return sink_threshold(width) if self.tau is None else self.tau
 
     def observe(self, hidden: Tensor, context: AttentionContext) -> None:
         dims = None if self.sink_dims == "any" else self.sink_dims
