@@ -30,6 +30,25 @@ class LayerParts:
             f"its children are {', '.join(type(child).__name__ for child in layer.children()) or 'none'}"
         )
 
+    @classmethod
+    def output_projection_of(cls, layer: nn.Module) -> nn.Module:
+        """
+        The projection that attention heads go through together, ``[..., H d]`` to ``[..., D]``.
+
+        Raises
+        ------
+        ModelError
+            The layer has none that can be told.
+        """
+        attention = cls.attention_of(layer)
+        for name in ("o_proj", "out_proj", "dense", "wo"):
+            if isinstance(child := getattr(attention, name, None), nn.Module):
+                return child
+        raise ModelError(
+            f"{type(attention).__name__} has no output projection (o_proj, out_proj, dense or wo); "
+            f"its children are {', '.join(name for name, _ in attention.named_children()) or 'none'}"
+        )
+
     @staticmethod
     def mlp_of(layer: nn.Module) -> nn.Module:
         """

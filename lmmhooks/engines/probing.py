@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -13,12 +13,13 @@ from lmmhooks.engines.probes import DecoderProbe, VisionProbe
 from lmmhooks.engines.sequences import gather_last
 from lmmhooks.engines.state import PromptState, Stage
 from lmmhooks.errors import PromptError
+from lmmhooks.layout import Layout
 from lmmhooks.methods.probe import Probe
 
 if TYPE_CHECKING:
     from lmmhooks.engines.runtime import Runtime
 
-__all__ = ["Readings"]
+__all__ = ["Readings", "place"]
 
 
 class Readings:
@@ -106,21 +107,44 @@ class Readings:
                     "read; pass the pixels to the patched model instead of encoder outputs"
                 )
             per_image[vision.modality] = self.runtime.family.tower_to_tokens(vision.probes[name], vision)
-        layout = state.layout
-        values = []
-        for span in layout.spans:
-            scores = per_image[span.modality][span.source]
-            if len(scores) != len(span):
-                raise PromptError(
-                    f"{span.modality} {span.image} of row {span.sample} has {len(scores)} tokens, of which the "
-                    f"attention mask hides {len(scores) - len(span)}; mask whole images or none of their tokens"
-                )
-            values.append(scores.float())
-        device = values[0].device if values else layout.segment.device
-        full = torch.full((layout.batch, layout.length), float("nan"), device=device)
-        if values:
-            sample = torch.cat([torch.full((len(span),), span.sample) for span in layout.spans])
-            position = torch.cat([span.positions for span in layout.spans])
-            full[sample.to(device), position.to(device)] = torch.cat([value.to(device) for value in values])
-        memory[name] = full
-        return full
+        memory[name] = place(state.layout, per_image)
+        return memory[name]
+
+
+def place(layout: Layout, per_image: Mapping[str, Sequence[Tensor]]) -> Tensor:
+    """
+    Values per image as values per position of a prompt.
+
+    Parameters
+    ----------
+    layout
+        Of the prompt as given.
+    per_image
+        By modality, one tensor ``[tokens]`` per image of the encoder call, as `Family.tower_to_tokens` returns them.
+
+    Returns
+    -------
+    Tensor
+        ``[B, N]`` float32; NaN at positions that belong to no image.
+
+    Raises
+    ------
+    PromptError
+        The attention mask hides part of an image.
+    """
+    values = []
+    for span in layout.spans:
+        scores = per_image[span.modality][span.source]
+        if len(scores) != len(span):
+            raise PromptError(
+                f"{span.modality} {span.image} of row {span.sample} has {len(scores)} tokens, of which the "
+                f"attention mask hides {len(scores) - len(span)}; mask whole images or none of their tokens"
+            )
+        values.append(scores.float())
+    device = values[0].device if values else layout.segment.device
+    full = torch.full((layout.batch, layout.length), float("nan"), device=device)
+    if values:
+        sample = torch.cat([torch.full((len(span),), span.sample) for span in layout.spans])
+        position = torch.cat([span.positions for span in layout.spans])
+        full[sample.to(device), position.to(device)] = torch.cat([value.to(device) for value in values])
+    return full

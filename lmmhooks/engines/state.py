@@ -76,7 +76,12 @@ class Stage:
 
 
 def select_rows(layout: Layout, name: str) -> Tensor:
-    """``[B, N]`` bool of a named row selection of a prompt."""
+    """``[B, N]`` bool of a named row selection of a prompt; ``"instruction:32"``: the last 32 rows of one."""
+    name, _, most = name.partition(":")
+    if most:
+        rows = select_rows(layout, name)
+        # Counted from the end of each sample, whose number of rows is its own.
+        return rows & (rows.flip(1).cumsum(dim=1).flip(1) <= int(most))
     if name == "after_image":
         return layout.after_image
     if name == "last":
