@@ -32,6 +32,11 @@ class Row:
 ROWS: dict[str, Row] = {
     "attention-identity": Row("attention-identity", changes=False),
     "var": Row("var(sink_dims='any', tau=2.6, rho=0.3)"),
+    "vaf": Row("vaf(enh=1.5, sup=0.5)"),
+    "adaptvis": Row("adaptvis(low=0.5, high=2.0, threshold=0.1)"),
+    "spin": Row("spin(keep_ratio=0.5)"),
+    "vista": Row("vista(lam=0.5)"),
+    "memvr": Row("memvr(start=0, end=3, ratio=0.3, threshold=0.5)"),
     "reduction-identity": Row("reduction-identity", changes=False),
     "random": Row("random(keep=4)"),
     "uniform-grid": Row("uniform-grid(keep=4)"),
