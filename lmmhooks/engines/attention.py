@@ -100,6 +100,7 @@ class AttentionEngine:
                 rows=torch.empty(hidden.shape[0], 0, dtype=torch.long, device=hidden.device),
                 is_prefill=True,
                 memory=state.memory(method),
+                prompt_length=state.layout.length,
                 index=stage.index,
             )
             method.observe(hidden, context)

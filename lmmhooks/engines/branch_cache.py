@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -68,6 +69,8 @@ class BranchCache(DynamicCache):
         """Entries of the first layer once the prompt was read: fewer than its tokens where a reducer acts there."""
         self.follower: Follower | None = None
         """Told what happens to the rows, after the cache itself did it."""
+        self.on_select: Callable[[Tensor], None] | None = None
+        """Told which rows of all branches go on."""
 
     def prompt_read(self) -> None:
         """The prompt is in the cache; what enters from now on continues it."""
@@ -131,5 +134,7 @@ class BranchCache(DynamicCache):
         self.next_position = self.next_position.index_select(-1, index)
         if self.mask is not None:
             self.mask = self.mask.index_select(0, index)
+        if self.on_select is not None:
+            self.on_select(index)
         if self.follower is not None:
             self.follower.select(rows)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lmmhooks.engines.backend import AttentionCall, AttentionResult
-from lmmhooks.engines.rows import RowPlan, apply_weights, hide, row_scores, take_rows, visible
-from lmmhooks.engines.segments import read_received, reweight
+from lmmhooks.engines.rows import RowPlan, apply_weights, hide, row_scores, take_rows, visible, visible_keys
+from lmmhooks.engines.segments import SegmentCall
 from lmmhooks.errors import ModelError
 from lmmhooks.methods.attention.base import AttentionContext, AttentionMethod, SegmentMethod
 
@@ -69,7 +69,7 @@ class Edit:
     companion: Companion | None = None
 
     def __post_init__(self) -> None:
-        self._denominators: Tensor | None = None
+        self._segments: dict[int, SegmentCall] = {}
         if self.call.kwargs.get("s_aux") is not None:
             raise ModelError(
                 f"decoder layer {self.layer} adds learned sinks to its attention logits, which edits do not know; "
@@ -88,6 +88,8 @@ class Edit:
             rows=rows,
             is_prefill=self.state.is_prefill,
             memory=self.state.memory(method),
+            num_cached=self.keys.shape[2] - self.call.query.shape[2],
+            prompt_length=self.state.layout.length,
             keys=self.keys,
             scaling=self.call.scaling,
             index=self.stage.index,
@@ -196,6 +198,10 @@ class Edit:
         queries, keys = self.call.query.shape[2], self.keys.shape[2]
         return visible(self.call.dense_mask, index, queries, keys, valid, causal=True)
 
+    def _visible_keys(self, keys: Tensor) -> Tensor:
+        valid = self.stage.layout.valid if self.stage.mask is not None else None
+        return visible_keys(self.call.dense_mask, keys, self.call.query.shape[2], self.keys.shape[2], valid)
+
     # -- fused forms --------------------------------------------------------------------------------------------------
 
     def _gains_only(self, methods: Sequence[AttentionMethod], plan: RowPlan) -> AttentionResult:
@@ -211,18 +217,8 @@ class Edit:
     def _segment(self, method: SegmentMethod) -> AttentionResult:
         """A few keys against all others: the row's output is a combination of two that need no weights."""
         output, weights = self.call.run_base()
-        assert self._denominators is not None
-        edited, moved = reweight(
-            output,
-            self.call,
-            self.keys,
-            self.values,
-            method.heads(self.layer, self.family),
-            self.state.memory(method)[self.layer],
-            self._denominators,
-            self._visible,
-            method.factors,
-        )
+        chosen = self.state.memory(method)[self.layer]
+        edited, moved = self._segments[id(method)].reweight(output, chosen, method)
         self._record_moved(moved, self.stage.layout.valid)
         return edited, weights
 
@@ -263,12 +259,13 @@ class Edit:
     # -- what methods decide on the way -------------------------------------------------------------------------------
 
     def _choose_segments(self, methods: Sequence[AttentionMethod]) -> None:
+        """Let methods choose their sets, by the attention keys receive before any edit of this layer."""
         for method in methods:
             if isinstance(method, SegmentMethod):
                 heads = method.heads(self.layer, self.family)
-                received, seen, self._denominators = read_received(
-                    self.call, self.keys, heads, self._visible, self.stage.layout.valid
-                )
+                segments = SegmentCall(self.call, self.keys, self.values, heads, self._visible, self._visible_keys)
+                received, seen = segments.received(self.stage.layout.valid)
+                self._segments[id(method)] = segments
                 self.state.memory(method)[self.layer] = method.choose(received, seen, self.context(method, seen[:, :0]))
 
     def _apply_gains(

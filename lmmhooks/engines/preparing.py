@@ -60,6 +60,7 @@ def show_weights(
         rows=rows,
         is_prefill=True,
         memory=state.memory(method),
+        prompt_length=state.layout.length,
         index=stage.index,
     )
     method.watch(weights, real, context)

@@ -22,6 +22,7 @@ from transformers import Cache
 from lmmhooks.engines.attach import Attachments
 from lmmhooks.engines.attention import AttentionEngine
 from lmmhooks.engines.backend import AttentionCall, AttentionResult
+from lmmhooks.engines.branch_cache import BranchCache
 from lmmhooks.engines.preparing import PromptPreparer
 from lmmhooks.engines.probes import DecoderProbe
 from lmmhooks.engines.state import PromptState
@@ -72,6 +73,8 @@ class Runtime:
         """Runs the encoder instead of a plain call: decoding branches encode several variants of an image at once."""
         self.listeners: Mapping[int, Callable[[AttentionCall], AttentionResult]] = {}
         """Decoder layers whose attention calls somebody answers while no prompt is followed."""
+        self.row_keepers: list[AttentionMethod] = []
+        """Methods that keep something about generated tokens, which must go with the rows of the cache."""
         self.prepared: tuple[Layout, list[VisionInputs]] | None = None
         """Layout and encoder calls of the coming prompt, from an engine that made its rows itself."""
         self._states: WeakKeyDictionary[Cache, PromptState] = WeakKeyDictionary()
@@ -167,6 +170,9 @@ class Runtime:
             BranchEngine(self, branching).attach(attach)
         self._follow(attach)
         edits, steers = of_kind(methods, AttentionMethod), of_kind(methods, SteeringMethod)
+        self.row_keepers = [m for m in edits if type(m).select_rows is not AttentionMethod.select_rows]
+        if self.row_keepers:
+            attach.attribute(self.family.model, "_reorder_cache", self._reorder_cache, "model._reorder_cache")
         preparer = PromptPreparer(self, [*edits, *steers])
         # Before the reduction engine: what holds for a prompt is computed on the prompt as given.
         preparer.attach(attach)
@@ -322,6 +328,22 @@ class Runtime:
             cache = cache if cache is not None else kwargs.get("past_key_values")
             if isinstance(cache, Cache):
                 self._states[cache] = state
+                if isinstance(cache, BranchCache):
+                    cache.on_select = functools.partial(self._select_rows, state)
+
+    # -- the answer ---------------------------------------------------------------------------------------------------
+
+    def _reorder_cache(self, cache: Cache, beam_idx: Tensor) -> Cache:
+        """What ``generate`` calls, on models that define it, where it would reorder the cache itself."""
+        cache.reorder_cache(beam_idx)
+        state = self._states.get(cache)
+        if state is not None and not isinstance(cache, BranchCache):
+            self._select_rows(state, beam_idx)
+        return cache
+
+    def _select_rows(self, state: PromptState, rows: Tensor) -> None:
+        for method in self.row_keepers:
+            method.select_rows(rows, state.memory(method))
 
 
 def of_kind(methods: Sequence[Method], kind: type[Any]) -> list[Any]:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch.nn.functional import pad
 
 from lmmhooks.methods.base import Method
@@ -45,6 +46,10 @@ class AttentionContext:
         True for the forward that reads the prompt.
     memory
         Dictionary private to the method and emptied at every new prompt.
+    num_cached
+        Keys that were there before the queries of this call; 0 while the prompt is read.
+    prompt_length
+        Columns of the prompt as given, before any reduction.
     keys
         ``[B, Hkv, N, d]`` after rotary embedding; not to be changed. None in `AttentionMethod.observe`.
     scaling
@@ -63,10 +68,44 @@ class AttentionContext:
     rows: Tensor
     is_prefill: bool
     memory: dict[Any, Any]
+    num_cached: int = 0
+    prompt_length: int = 0
     keys: Any = None
     scaling: float = 1.0
     index: Tensor | None = None
     weights_of: Any = None
+
+    @property
+    def positions(self) -> Tensor:
+        """``[B, R]`` which key of this call each edited row is."""
+        return self.rows + self.num_cached
+
+    def globalize(self, values: Tensor, fill: float = 0) -> Tensor:
+        """
+        Values per key of this call as values per position of the prompt: the reverse of `localize`.
+
+        Parameters
+        ----------
+        values
+            ``[B, ..., N]``; what tokens hold that came after the prompt is left out.
+        fill
+            For positions that a reduction has removed.
+
+        Returns
+        -------
+        Tensor
+            ``[B, ..., N0]``, one per position of the prompt as given.
+        """
+        if self.index is None:
+            return values[..., : self.prompt_length]
+        index = self.index.to(values.device)
+        # One column more takes what padding writes.
+        index = index.masked_fill(index < 0, self.prompt_length).view(
+            index.shape[0], *[1] * (values.dim() - 2), index.shape[1]
+        )
+        room = values.new_full((*values.shape[:-1], self.prompt_length + 1), fill)
+        known = values[..., : index.shape[-1]]
+        return room.scatter(-1, index.expand_as(known), known)[..., :-1]
 
     def localize(self, values: Tensor, fill: float = 0) -> Tensor:
         """
@@ -193,6 +232,23 @@ class AttentionMethod(Method):
         """
         raise NotImplementedError
 
+    # -- while the answer is generated --------------------------------------------------------------------------------
+
+    def select_rows(self, rows: Tensor, memory: dict[Any, Any]) -> None:
+        """
+        The answer goes on with other rows of the batch, as beam search makes it.
+
+        Only for methods that keep something about generated tokens: what they know of a prompt is the same for all its
+        beams.
+
+        Parameters
+        ----------
+        rows
+            ``[B]`` long: the row that each row goes on from.
+        memory
+            The dictionary that contexts carry.
+        """
+
     # -- edits --------------------------------------------------------------------------------------------------------
 
     def scale_keys(self, context: AttentionContext) -> Tensor | None:
@@ -284,7 +340,7 @@ class SegmentMethod(AttentionMethod):
         """
         raise NotImplementedError
 
-    def factors(self, mass: Tensor) -> tuple[Tensor, Tensor]:
+    def factors(self, mass: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
         """
         Weights of the set and of everything else.
 
@@ -292,6 +348,8 @@ class SegmentMethod(AttentionMethod):
         ----------
         mass
             ``[B, H', R]`` float32 in [0, 1]: attention of a row on the set.
+        rest
+            The same for everything else: ``1 - mass``, but exact where the set holds nearly all of a row.
 
         Returns
         -------
@@ -300,16 +358,28 @@ class SegmentMethod(AttentionMethod):
         """
         raise NotImplementedError
 
+    def reweight(self, weights: Tensor, chosen: Tensor) -> Tensor:
+        """
+        The edit, on explicit weights: what the engine's closed form must agree with.
+
+        Parameters
+        ----------
+        weights
+            ``[B, H', R, N]`` float32 of the edited heads; not changed.
+        chosen
+            ``[B, H', N]`` bool.
+        """
+        inset = chosen[:, :, None, :]
+        mass, rest = (weights * inset).sum(dim=-1), (weights * ~inset).sum(dim=-1)
+        inside, outside = (factor.expand_as(mass)[..., None] for factor in self.factors(mass, rest))
+        return weights * torch.where(inset, inside, outside)
+
     def edit_weights(self, weights: Tensor, context: AttentionContext) -> Tensor:
         chosen = self.chosen(context)
         heads = self.heads(context.layer, context.family)
-        part = weights if heads is None else weights[:, list(heads)]
-        mass = (part * chosen[:, :, None, :]).sum(dim=-1)
-        inside, outside = (factor.expand_as(mass)[..., None] for factor in self.factors(mass))
-        edited = part * outside.where(~chosen[:, :, None, :], inside)
         if heads is None:
-            return edited
-        weights[:, list(heads)] = edited
+            return self.reweight(weights, chosen)
+        weights[:, list(heads)] = self.reweight(weights[:, list(heads)], chosen)
         return weights
 
     def chosen(self, context: AttentionContext) -> Tensor:
