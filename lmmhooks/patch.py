@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from lmmhooks.engines.calibration import calibrate
+from lmmhooks.engines.calibration import fill_measured
 from lmmhooks.engines.composition import check_composition
 from lmmhooks.engines.runtime import Runtime, find_runtime
 from lmmhooks.errors import MethodError
@@ -200,5 +200,9 @@ def _prepare(method: Method, runtime: Runtime, processor: Any) -> Method:
     method.check(family)
     published = {k: v for k, v in method.defaults_for(family).items() if getattr(method, k) is None}
     bound = replace(method, **published).bind(family)
-    missing = [name for name in bound.calibrated if getattr(bound, name) is None]
-    return bound if bound.is_identity or not missing else calibrate(bound, missing, runtime, processor)
+    if bound.is_identity:
+        return bound
+    filled = fill_measured(bound, runtime, processor)
+    if filled is not bound:
+        filled.check(family)
+    return filled

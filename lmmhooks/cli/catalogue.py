@@ -50,7 +50,7 @@ def describe_methods() -> dict[str, dict[str, Any]]:
                 key: {"default": _plain(each.default), "required": each.required, "help": each.help}
                 for key, each in cls.hyperparameters().items()
             },
-            "measured_on_the_checkpoint": list(cls.calibrated),
+            "measured_on_the_checkpoint": dict(cls.calibrated),
             "presets": {key: dict(value) for key, value in cls.presets.items()},
             "conflicts": dict(cls.conflicts),
         }

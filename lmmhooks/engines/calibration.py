@@ -1,93 +1,147 @@
-"""Settings that have to be measured on a checkpoint, measured once and remembered by the checkpoint's identity."""
+"""Settings that depend on the checkpoint: taken from records, or measured once and remembered."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lmmhooks.engines.records import (
+    Record,
+    describe_checkpoint,
+    read_record,
+    record_file,
+    same_checkpoint,
+    write_record,
+)
 from lmmhooks.engines.sinks import discover_sink_dims
 from lmmhooks.errors import MethodError
+from lmmhooks.methods.base import Method, names_record
 
 if TYPE_CHECKING:
     from lmmhooks.engines.runtime import Runtime
-    from lmmhooks.methods.base import Method
 
-__all__ = ["calibrate"]
+__all__ = ["calibrate_command", "fill_measured", "measure_at_wrap"]
 
 
-def calibrate(
-    method: Method, missing: Sequence[str], runtime: Runtime, processor: Any, cache: Path | None = None
-) -> Method:
+def fill_measured(method: Method, runtime: Runtime, processor: Any, cache: Path | None = None) -> Method:
     """
-    Fill settings of a method by measuring them on the model.
+    Fill the settings in `Method.calibrated` that are None or name a record.
 
     Parameters
     ----------
     method
-        A method some of whose `Method.calibrated` fields are None.
-    missing
-        Those fields.
+        As the user gave it, published settings filled in.
     runtime
-        Of the model; its patches are suspended while measuring.
+        Of the model; its patches are suspended while something is measured.
     processor
         Used to build realistic prompts; without one, prompts are random token ids without images.
     cache
-        Folder in which results are kept; default ``~/.cache/lmmhooks``.
+        Folder in which records are kept; default ``~/.cache/lmmhooks``.
+
+    Returns
+    -------
+    Method
+        The very object if nothing had to be filled in.
 
     Raises
     ------
     MethodError
-        If the model does not have what is looked for; says what was seen and what to set instead.
+        A record is missing, damaged, or of another checkpoint or setting; or the model does not have what was looked
+        for. The text names the command that measures, or what to set instead.
     """
-    values = {name: _measured(name, method, runtime, processor, cache) for name in missing}
-    return replace(method, **values)
+    values = {}
+    for name, moment in method.calibrated.items():
+        given = getattr(method, name)
+        if names_record(given):
+            values[name] = _from_file(method, name, Path(given).expanduser(), runtime)
+        elif given is None:
+            values[name] = _from_cache(method, name, moment, runtime, processor, cache)
+    return replace(method, **values) if values else method
 
 
-def _sink_dims(method: Method, runtime: Runtime, processor: Any) -> dict[str, Any]:
+def measure_at_wrap(method: Method, name: str, runtime: Runtime, processor: Any) -> Record:
+    """
+    Measure a setting that needs no task.
+
+    Raises
+    ------
+    MethodError
+        Nothing here knows how to measure it.
+    """
+    if name not in _MEASURES:
+        raise MethodError(f"{method.id}: nothing measures {name}; set it yourself")
+    value, evidence = _MEASURES[name](runtime, processor)
+    return Record(method.id, name, _identity(runtime), value, evidence)
+
+
+def calibrate_command(method: Method, runtime: Runtime, out: Path | None = None) -> str:
+    """The command that measures what a method needs on this checkpoint."""
+    from lmmhooks.loading import BUNDLED
+
+    source = str(getattr(runtime.family.model.config, "_name_or_path", "") or "FOLDER")
+    name = Path(source).name
+    where = "" if out is None else f" --out {out}"
+    return f"lmmhooks calibrate {method.id} --model {name if name in BUNDLED else source}{where}"
+
+
+def _sink_dims(runtime: Runtime, processor: Any) -> tuple[list[int], dict[str, Any]]:
     found = discover_sink_dims(runtime, processor)
-    return {"value": list(found.dims), "evidence": found.evidence}
+    return list(found.dims), {**found.evidence, "instead": "sink_dims='any' to detect sinks without fixed channels"}
 
 
-_MEASURES: dict[str, Callable[[Method, Runtime, Any], dict[str, Any]]] = {"sink_dims": _sink_dims}
+_MEASURES: Mapping[str, Callable[[Any, Any], tuple[Any, dict[str, Any]]]] = {"sink_dims": _sink_dims}
 
 
-def _measured(name: str, method: Method, runtime: Runtime, processor: Any, cache: Path | None) -> Any:
+def _identity(runtime: Runtime) -> dict[str, Any]:
     from lmmhooks.loading import identity  # pulls in the auto classes, which a model in memory has no other need of
 
-    folder = (cache or Path.home() / ".cache" / "lmmhooks") / name
-    checkpoint = identity(runtime.family.model)
-    digest = hashlib.sha256(json.dumps(checkpoint, sort_keys=True).encode()).hexdigest()[:24]
-    file = folder / f"{digest}.json"
-    record = _read(file, checkpoint)
-    if record is None:
-        record = {"checkpoint": checkpoint, **_MEASURES[name](method, runtime, processor)}
-        _write(file, record)
-    if not record["value"]:
+    return identity(runtime.family.model)
+
+
+def _from_file(method: Method, name: str, path: Path, runtime: Runtime) -> Any:
+    record = read_record(path)
+    if (record.method, record.field) != (method.id, name):
+        raise MethodError(f"{method.id}: {path} holds {record.field} of {record.method}, not {name} of {method.id}")
+    checkpoint = _identity(runtime)
+    if not same_checkpoint(record.checkpoint, checkpoint):
         raise MethodError(
-            f"{method.id}: {name} could not be found on this checkpoint ({record['evidence']['summary']}); "
-            f"set {name} yourself, for example {name}='any' to detect sinks without fixed channels"
+            f"{method.id}: {path} was measured on {describe_checkpoint(record.checkpoint)}, this model is "
+            f"{describe_checkpoint(checkpoint)}; measure it with `{calibrate_command(method, runtime, path)}`"
         )
-    return tuple(record["value"])
+    return _usable(method, record)
 
 
-def _read(file: Path, checkpoint: dict[str, Any]) -> dict[str, Any] | None:
-    try:
-        record = json.loads(file.read_text())
-    except (OSError, ValueError):
-        return None
-    return record if isinstance(record, dict) and record.get("checkpoint") == checkpoint else None
+def _from_cache(method: Method, name: str, moment: str, runtime: Runtime, processor: Any, cache: Path | None) -> Any:
+    checkpoint = _identity(runtime)
+    path = record_file(method.id, name, checkpoint, cache)
+    record = None
+    if path.exists():
+        # One that is damaged or of an older version counts as none.
+        with contextlib.suppress(MethodError):
+            record = read_record(path)
+    if record is not None and same_checkpoint(record.checkpoint, checkpoint):
+        return _usable(method, record)
+    if moment == "command":
+        raise MethodError(
+            f"{method.id}: {name} has to be measured, and was not on {describe_checkpoint(checkpoint)}; "
+            f"run `{calibrate_command(method, runtime)}`, or name a record: {method.id}({name}='FILE.json')"
+        )
+    record = measure_at_wrap(method, name, runtime, processor)
+    # A home that cannot be written to costs a measurement next time, nothing else.
+    with contextlib.suppress(OSError):
+        write_record(record, path)
+    return _usable(method, record)
 
 
-def _write(file: Path, record: dict[str, Any]) -> None:
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(record, indent=1))
-        temporary.replace(file)
-    except OSError:
-        # A home that cannot be written to costs a measurement next time, nothing else.
-        return
+def _usable(method: Method, record: Record) -> Any:
+    if record.value:
+        return record.value
+    name, summary = record.field, record.evidence.get("summary", "nothing was found")
+    instead = record.evidence.get("instead")
+    raise MethodError(
+        f"{method.id}: {name} could not be found on this checkpoint ({summary}); set {name} yourself"
+        f"{f', for example {instead}' if instead else ''}"
+    )

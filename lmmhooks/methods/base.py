@@ -10,11 +10,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from lmmhooks.errors import MethodError
+from lmmhooks.methods.tensors import TensorSet
 
-__all__ = ["KINDS", "Hyperparameter", "Method", "setting"]
+__all__ = ["KINDS", "Hyperparameter", "Method", "names_record", "setting"]
 
 KINDS = ("attention", "reduction", "decoding", "refinement")
 
@@ -49,15 +50,19 @@ class Method:
     Base of all methods.
 
     Class attributes a method sets: ``id`` (name in lower case, as in its paper), ``kind``, ``paper`` (title, venue,
-    arXiv id), ``code`` (official repository, empty when there is none) and ``calibrated`` (names of fields whose value
-    ``None`` means "measure it on this checkpoint when the model is wrapped").
+    arXiv id) and ``code`` (official repository, empty when there is none).
     """
 
     id: ClassVar[str]
     kind: ClassVar[str]
     paper: ClassVar[str] = ""
     code: ClassVar[str] = ""
-    calibrated: ClassVar[tuple[str, ...]] = ()
+    calibrated: ClassVar[Mapping[str, Literal["wrap", "command"]]] = {}
+    """
+    Settings that depend on the checkpoint: ``None`` means "as measured on it", a text that ends in ``.json`` names a
+    record of `lmmhooks calibrate`. ``"wrap"``: measured in seconds the first time a model is wrapped. ``"command"``:
+    measured by `lmmhooks calibrate` alone, because it needs a task or minutes; without a record `wrap` refuses.
+    """
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Named groups of settings, chosen with ``name(preset='...')``; settings given beside it win."""
     conflicts: ClassVar[Mapping[str, str]] = {}
@@ -107,6 +112,8 @@ class Method:
         """
         Refuse a model this method cannot run on, before anything runs.
 
+        Called on the method as given, and again when settings were filled in that had been measured.
+
         Raises
         ------
         MethodError, ModelError
@@ -136,12 +143,19 @@ class Method:
             raise MethodError(f"{self.id}: {name}={getattr(self, name)!r} is not allowed; {name} must be {allowed}")
 
 
+def names_record(value: Any) -> bool:
+    """Whether the value of a setting in `Method.calibrated` is the path of a record of `lmmhooks calibrate`."""
+    return isinstance(value, str) and value.endswith(".json")
+
+
 def _settable(method: Any) -> list[dataclasses.Field[Any]]:
     """Fields a user may set; a subclass fixes an inherited one with ``field(default=..., init=False)``."""
     return [item for item in dataclasses.fields(method) if item.init]
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, TensorSet):
+        return value.plain()
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (set, frozenset)):

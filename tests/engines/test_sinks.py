@@ -90,7 +90,7 @@ def test_found_channels_are_cached_by_checkpoint_and_used(sunk, tmp_path, monkey
         (method,) = patch.methods
         assert isinstance(method, Var)
         assert set(method.sink_dims) == set(PLANTED)
-    (file,) = (tmp_path / ".cache" / "lmmhooks" / "sink_dims").iterdir()
+    (file,) = (tmp_path / ".cache" / "lmmhooks" / "var" / "sink_dims").iterdir()
     record = json.loads(file.read_text())
     record["value"] = [3]
     file.write_text(json.dumps(record))

@@ -22,7 +22,7 @@ from torch.nn.functional import pad
 
 from lmmhooks.methods.attention.base import AttentionContext, AttentionMethod
 from lmmhooks.methods.attention.sinks import sink_scores, sink_threshold
-from lmmhooks.methods.base import setting
+from lmmhooks.methods.base import names_record, setting
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -110,7 +110,7 @@ class Var(AttentionMethod):
         "See What You Are Told: Visual Attention Sink in Large Multimodal Models, ICLR 2025, 2503.03321"
     )
     code: ClassVar[str] = "https://github.com/seilk/VisAttnSink"
-    calibrated: ClassVar[tuple[str, ...]] = ("sink_dims",)
+    calibrated: ClassVar[Mapping[str, Literal["wrap", "command"]]] = {"sink_dims": "wrap"}
     rows: ClassVar[str] = "after_image"
     observes: ClassVar[bool] = True
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
@@ -133,10 +133,11 @@ class Var(AttentionMethod):
     tau: float | None = setting(
         None, help="Sink threshold on the score. None: 20 (paper), or 0.3125 sqrt(width) below width 2048 (UNVERIFIED)."
     )
-    sink_dims: tuple[int, ...] | Literal["any"] | None = setting(
+    sink_dims: tuple[int, ...] | str | None = setting(
         None,
         help="Channels of massive activations. None: published ones, else measured on this checkpoint; 'any': the "
-        "largest channel of each position, for models without fixed ones (UNVERIFIED).",
+        "largest channel of each position, for models without fixed ones (UNVERIFIED); 'FILE.json': a record of "
+        "`lmmhooks calibrate var`.",
     )
     skip_layers: tuple[int, ...] = setting(
         (0, 1, -1), help="Layers left alone; negative counts from the end. Paper: 0, 1, last."
@@ -147,7 +148,10 @@ class Var(AttentionMethod):
         self._require(self.rho >= 0.0, "rho", "at least 0")
         self._require(0.0 <= self.min_visual <= 1.0, "min_visual", "in [0, 1]")
         self._require(self.tau is None or self.tau > 0, "tau", "positive or None")
-        if not isinstance(self.sink_dims, str | None):
+        if isinstance(self.sink_dims, str):
+            named = self.sink_dims == "any" or names_record(self.sink_dims)
+            self._require(named, "sink_dims", "channels, 'any', the path of a record (.json), or None")
+        elif self.sink_dims is not None:
             object.__setattr__(self, "sink_dims", tuple(self.sink_dims))
         object.__setattr__(self, "skip_layers", tuple(self.skip_layers))
 
@@ -176,7 +180,8 @@ class Var(AttentionMethod):
         return sink_threshold(width) if self.tau is None else self.tau
 
     def observe(self, hidden: Tensor, context: AttentionContext) -> None:
-        dims = None if self.sink_dims == "any" else self.sink_dims
+        # Bound to channels by the time a prompt is read, unless no fixed ones are wanted
+        dims = self.sink_dims if isinstance(self.sink_dims, tuple) else None
         found = sink_scores(hidden, dims) > self.threshold(hidden.shape[-1])
         context.memory[context.layer] = found & context.layout.valid
 
