@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lmmhooks.engines.backend import AttentionCall, AttentionResult
 from lmmhooks.engines.branch_rows import left_pad
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lmmhooks.engines.runtime import Runtime
     from lmmhooks.engines.state import PromptState
 
-__all__ = ["PlainPasses"]
+__all__ = ["PlainPasses", "beside"]
 
 Listener = Callable[[AttentionCall], AttentionResult]
 
@@ -59,9 +59,7 @@ class PlainPasses:
 
     def first_logits(self, image: bool = True) -> Tensor:
         family = self.runtime.family
-        last = self._reading(image)[1]
-        device = next(family.lm_head.parameters()).device
-        return family.lm_head(last.to(device)).float()
+        return family.lm_head(beside(self._reading(image)[1], family.lm_head)).float()
 
     def head_outputs(self, layers: Sequence[int], image: bool) -> dict[int, Tensor]:
         last = self.last_positions(image)
@@ -202,6 +200,12 @@ class PlainPasses:
             index = last.to(device)[..., None].expand(-1, -1, hidden.shape[-1])
             self._read[image] = hidden, output.last_hidden_state.gather(1, index)[:, 0]
         return self._read[image]
+
+
+def beside(states: Tensor, module: nn.Module) -> Tensor:
+    """States on the device of a module's weights; where accelerate loads those on demand, it moves inputs itself."""
+    device = next(module.parameters()).device
+    return states if device.type == "meta" else states.to(device)
 
 
 def _shown(show: Callable[[Tensor, dict[str, Any]], None]) -> Callable[..., None]:

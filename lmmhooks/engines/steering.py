@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lmmhooks.engines.attach import Attachments
+from lmmhooks.engines.passes import beside
+from lmmhooks.errors import ModelError
 from lmmhooks.methods.attention.steering import SteeringContext, SteeringMethod
 
 if TYPE_CHECKING:
@@ -55,7 +57,13 @@ class SteeringEngine:
     ) -> Tensor | None:
         if self.runtime.current is None:
             return None
-        inputs = args[0] if args else next(iter(kwargs.values()))
+        if not isinstance(output, Tensor) or output.dim() != 3:
+            raise ModelError(
+                f"{type(module).__name__} in decoder layer {layer} returns {_kind(output)} where steering needs states "
+                f"[batch, length, width]; {method.id} cannot run on {type(self.runtime.family.model).__name__}"
+            )
+        # With accelerate, inputs reach the right device only inside the module's forward.
+        inputs = (args[0] if args else next(iter(kwargs.values()))).to(output.device)
         return method.edit_mlp(inputs, output, self._context(method, layer, output))
 
     def _layer(
@@ -92,14 +100,18 @@ class SteeringEngine:
     def _logits(self, hidden: Tensor) -> Tensor:
         family = self.runtime.family
         # forward, not __call__: the hooks on the norm belong to the decoder's own output.
-        normed = family.norm.forward(hidden.to(next(family.norm.parameters()).device))
-        return family.lm_head(normed.to(next(family.lm_head.parameters()).device)).float().to(hidden.device)
+        normed = family.norm.forward(beside(hidden, family.norm))
+        return family.lm_head(beside(normed, family.lm_head)).float().to(hidden.device)
+
+
+def _kind(output: Any) -> str:
+    return f"a tensor of shape {list(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
 
 
 def _spreader(state: PromptState, stage: Stage | None) -> Callable[[Tensor, Tensor], Tensor]:
     def spread(states: Tensor, onto: Tensor) -> Tensor:
         if stage is None or stage.index is None or not state.is_prefill:
-            return states
+            return states.to(onto)
         # One column more than the prompt takes what padding writes.
         room = torch.cat([onto, onto[:, :1]], dim=1)
         index = stage.index.to(onto.device)
