@@ -152,9 +152,12 @@ class BranchEncoder:
             if (record := getattr(output, _RECORD, None)) is not None:
                 self.runtime.readings = record.probes
             return output
-        record = EncodedImages(modality, encode, {**arguments, "return_dict": True})
+        # Probes fill the dictionary while the call runs; the record must know them however late it is asked.
+        record = EncodedImages(modality, encode, {**arguments, "return_dict": True}, probes=self.runtime.readings)
         if self.variants and not self.put_off:
-            output = with_entries(self._encode_variants(record).output, record.block(""))
+            joint = self._encode_variants(record)
+            joint.probes = record.probes
+            output = with_entries(joint.output, record.block(""))
         else:
             output = encode(**record.arguments)
             record.num_entries = len(entries_of(output))
@@ -164,12 +167,6 @@ class BranchEncoder:
     def record_of(self, output: Any) -> EncodedImages | None:
         """What was noted when ``output`` was encoded; None if that did not happen under this patch."""
         record: EncodedImages | None = getattr(output, _RECORD, None)
-        if record is not None:
-            seen = next((vision for vision in self.runtime.encoded if vision.output is output), None)
-            if seen is not None:
-                record.probes = seen.probes
-                if record.joint is not None:
-                    record.joint.probes = seen.probes
         return record
 
     def ensure_variants(self, record: EncodedImages) -> None:

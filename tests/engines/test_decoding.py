@@ -382,3 +382,18 @@ def test_methods_below_act_on_every_branch_as_if_it_were_alone(family, below, la
     with lmmhooks.wrap(zoo.model, *below):
         plain, other = (forced_logits(zoo, given, answer) for given in (inputs, noised_inputs(zoo, inputs)))
     torch.testing.assert_close(torch.stack(out.logits), 1.5 * plain - 0.5 * other, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_readings_of_the_vision_tower_reach_branches_that_show_the_image_as_given(lazy):
+    """Lazy branches enter long after the encoder call that the probes listened to, and no pixels are encoded again."""
+    zoo = build("llava")
+    inputs = zoo.inputs()
+    edited = with_edit(inputs)
+    with lmmhooks.wrap(zoo.model, "fastervlm(keep=4)", Edited(beta=1e-30 if lazy else 0.0, lazy=lazy)):
+        out = generated(zoo, inputs)
+    answer = out.sequences[:, inputs["input_ids"].shape[1] :]
+    readings = (inputs, edited, without_image(edited, visual_ids(zoo)))
+    with lmmhooks.wrap(zoo.model, "fastervlm(keep=4)"):
+        main, leading, text = (forced_logits(zoo, given, answer) for given in readings)
+    torch.testing.assert_close(torch.stack(out.logits), 2 * main - 0.75 * leading - 0.25 * text, atol=TOLERANCE, rtol=0)
