@@ -37,6 +37,9 @@ ROWS: dict[str, Row] = {
     "spin": Row("spin(keep_ratio=0.5)"),
     "vista": Row("vista(lam=0.5)"),
     "memvr": Row("memvr(start=0, end=3, ratio=0.3, threshold=0.5)"),
+    "pai": Row("pai(alpha=0.8, gamma=1.5, plausibility=0.0)"),
+    "fix-imbalance": Row("fix-imbalance(alpha=1.0, beta=1.0, local_ratio=0.5, gamma=1.0)"),
+    "heads-guided": Row("heads-guided(start=0, alpha=1.0)"),
     "reduction-identity": Row("reduction-identity", changes=False),
     "random": Row("random(keep=4)"),
     "uniform-grid": Row("uniform-grid(keep=4)"),
@@ -44,4 +47,5 @@ ROWS: dict[str, Row] = {
     "fastv": Row("fastv(keep=4)"),
     "decoding-identity": Row("decoding-identity", changes=False),
     "vcd": Row("vcd(beta=0.0)"),
+    "pai-guidance": Row("pai-guidance(gamma=1.5, beta=0.0)"),
 }
