@@ -262,7 +262,7 @@ class Edit:
         """Let methods choose their sets, by the attention keys receive before any edit of this layer."""
         for method in methods:
             if isinstance(method, SegmentMethod):
-                heads = method.heads(self.layer, self.family)
+                heads = method.edited_heads(self.layer, self.family)
                 segments = SegmentCall(self.call, self.keys, self.values, heads, self._visible, self._visible_keys)
                 received, seen = segments.received(self.stage.layout.valid)
                 self._segments[id(method)] = segments

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["RowPlan", "apply_weights", "plan_rows", "received_attention", "row_scores", "visible"]
+__all__ = ["RowPlan", "apply_weights", "plan_rows", "received_attention", "row_scores", "visible", "visible_keys"]
 
 MASKED = torch.finfo(torch.float32).min
 
@@ -152,6 +152,33 @@ def visible(
         keys = valid[:, None, None, :]
         allowed = keys if allowed is None else allowed & keys
     return allowed
+
+
+def visible_keys(mask: Tensor | None, keys: Tensor, num_queries: int, num_keys: int, valid: Tensor | None) -> Tensor:
+    """
+    Which rows of a decoder see some of the keys: columns of what `visible` gives, without the other columns.
+
+    Parameters
+    ----------
+    mask, num_queries, num_keys, valid
+        As for `visible`; the mask must be the same for all heads.
+    keys
+        ``[B, H, S]`` long, other keys for every head.
+
+    Returns
+    -------
+    Tensor
+        ``[B, H, Nq, S]`` bool.
+    """
+    if mask is not None:
+        dense = mask[:, :1, :, :num_keys].expand(keys.shape[0], keys.shape[1], -1, -1)
+        picked = dense.gather(3, keys[:, :, None, :].expand(-1, -1, num_queries, -1))
+        return picked if picked.dtype == torch.bool else picked > torch.finfo(picked.dtype).min / 2
+    last = torch.arange(num_queries, device=keys.device)[:, None] + (num_keys - num_queries)
+    seen = keys[:, :, None, :] <= last
+    if valid is not None:
+        seen = seen & valid[:, None].expand(-1, keys.shape[1], -1).gather(2, keys)[:, :, None, :]
+    return seen
 
 
 def hide(scores: Tensor, allowed: Tensor | None) -> Tensor:

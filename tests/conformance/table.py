@@ -40,6 +40,8 @@ ROWS: dict[str, Row] = {
     "pai": Row("pai(alpha=0.8, gamma=1.5, plausibility=0.0)"),
     "fix-imbalance": Row("fix-imbalance(alpha=1.0, beta=1.0, local_ratio=0.5, gamma=1.0)"),
     "heads-guided": Row("heads-guided(start=0, alpha=1.0)"),
+    "act": Row("act(heads='all', thr=0.05)"),
+    "vhr": Row("vhr"),
     "reduction-identity": Row("reduction-identity", changes=False),
     "random": Row("random(keep=4)"),
     "uniform-grid": Row("uniform-grid(keep=4)"),

@@ -152,8 +152,6 @@ class AttentionMethod(Method):
     """Whether rows of generated tokens are edited too."""
     observes: ClassVar[bool] = False
     """Whether :meth:`observe` wants the input of each of its layers at prefill."""
-    contrasts_text: ClassVar[bool] = False
-    """Whether :meth:`choose_heads` wants heads compared with a reading of the prompt without its images."""
 
     edits: ClassVar[frozenset[str]] = frozenset()
     """Steps the class defines itself, found when it is created; the engine skips those that no method defines."""
@@ -161,6 +159,11 @@ class AttentionMethod(Method):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.edits = frozenset(step for step in STEPS if getattr(cls, step) is not getattr(AttentionMethod, step))
+
+    @property
+    def contrasts_text(self) -> bool:
+        """Whether :meth:`choose_heads` wants heads compared with a reading of the prompt without its images."""
+        return False
 
     def layers(self, family: Any) -> Sequence[int]:
         """Decoder layers that are edited, 0-based."""
@@ -318,7 +321,7 @@ class SegmentMethod(AttentionMethod):
 
     rows: ClassVar[str] = "all"
 
-    def heads(self, layer: int, family: Any) -> Sequence[int] | None:
+    def edited_heads(self, layer: int, family: Any) -> Sequence[int] | None:
         """Query heads that are edited in a layer; None for all of them."""
         return None
 
@@ -376,7 +379,7 @@ class SegmentMethod(AttentionMethod):
 
     def edit_weights(self, weights: Tensor, context: AttentionContext) -> Tensor:
         chosen = self.chosen(context)
-        heads = self.heads(context.layer, context.family)
+        heads = self.edited_heads(context.layer, context.family)
         if heads is None:
             return self.reweight(weights, chosen)
         weights[:, list(heads)] = self.reweight(weights[:, list(heads)], chosen)
