@@ -134,6 +134,10 @@ class Task:
         What documents share that makes their answers dependent (the image, as a rule): the unit of resampling.
     stratum
         What a limited sample keeps the proportions of.
+    calibration
+        Documents of the same form that are no part of the benchmark, for settings that `lmmhooks calibrate` measures;
+        None if there are none. Those that carry the fields ``value`` and ``h_value``, a true answer and one with
+        invented objects, are demonstrations too.
     """
 
     name: str
@@ -152,6 +156,7 @@ class Task:
     generation: Mapping[str, Any] = field(default_factory=lambda: {"max_new_tokens": 16, "do_sample": False})
     cluster: Callable[[Doc], str] = _doc_id
     stratum: Callable[[Doc], str] = _no_stratum
+    calibration: Callable[[], Sequence[Doc]] | None = None
 
     @property
     def primary(self) -> Metric:

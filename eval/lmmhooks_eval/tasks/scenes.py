@@ -16,7 +16,7 @@ from lmmhooks_eval.task import Doc, Source
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["LICENCE", "image_cluster", "images", "read", "source", "vocabulary"]
+__all__ = ["LICENCE", "calibration", "image_cluster", "images", "read", "source", "vocabulary"]
 
 LICENCE = "Apache-2.0 (generated scenes)"
 
@@ -51,10 +51,21 @@ def source(name: str) -> Source:
     return Source("bundled", name, hashlib.sha256(_text(name).encode()).hexdigest()[:16])
 
 
+def calibration(name: str) -> Sequence[Doc]:
+    """Documents like those of `read`, about scenes that are neither in the benchmark nor in the training data."""
+    from lmmhooks_eval.tiny.calibration import documents  # draws scenes, which needs torch
+
+    return documents(name.removesuffix(".jsonl"))
+
+
 def images(doc: Doc) -> Sequence[Image]:
-    """The one image of a scene document, opened lazily."""
+    """The one image of a scene document: opened lazily, or drawn if the scene is one for calibration."""
     from PIL import Image
 
+    if doc["image"].startswith("calibration/"):
+        from lmmhooks_eval.tiny.calibration import draw
+
+        return [draw(doc["image"])]
     return [Image.open(_folder() / doc["image"])]
 
 

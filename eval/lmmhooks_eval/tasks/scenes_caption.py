@@ -46,6 +46,7 @@ TASK = Task(
     source=lambda: scenes.source(_FILE),
     load=lambda: scenes.read(_FILE),
     images=scenes.images,
+    calibration=lambda: scenes.calibration(_FILE),
     prompts={"bare": "{prompt}"},
     parsers={"chair-builtin": _parse},
     score=_score,

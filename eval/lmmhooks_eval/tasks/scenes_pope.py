@@ -38,6 +38,7 @@ TASK = Task(
     source=lambda: scenes.source(_FILE),
     load=lambda: scenes.read(_FILE),
     images=scenes.images,
+    calibration=lambda: scenes.calibration(_FILE),
     # The bundled models were trained on the bare question; the suffix is LLaVA's official POPE prompt, for other
     # models.
     prompts={"bare": "{question}", "llava": "{question}\nAnswer the question using a single word or phrase."},

@@ -18,9 +18,8 @@ _FILE = "scenes_vqa.jsonl"
 _TYPES = ("existence", "colour", "attribute", "count", "side")
 
 
-def _load() -> Sequence[Doc]:
+def _with_choices(docs: Sequence[Doc]) -> Sequence[Doc]:
     """Every document with the closed set of answers of its type, which is what tells an answer from a refusal."""
-    docs = scenes.read(_FILE)
     choices: dict[str, set[str]] = {}
     for doc in docs:
         choices.setdefault(doc["type"], set()).add(exact.normalise(doc["answer"]))
@@ -52,8 +51,9 @@ TASK = Task(
     title="Short-answer questions on bundled scenes (existence, colour, attribute, count)",
     licence=scenes.LICENCE,
     source=lambda: scenes.source(_FILE),
-    load=_load,
+    load=lambda: _with_choices(scenes.read(_FILE)),
     images=scenes.images,
+    calibration=lambda: _with_choices(scenes.calibration(_FILE)),
     prompts={"bare": "{question}", "llava": "{question}\nAnswer the question using a single word or phrase."},
     parsers={"exact": _parse},
     score=_score,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +61,37 @@ def freeze(out: Path, number: int = NUM_SCENES) -> dict[str, int]:
     (out / "images").mkdir(parents=True, exist_ok=True)
     for name, pixels in zip(names, images, strict=True):
         Image.fromarray(pixels).save(out / name, optimize=True)
+    rows = benchmark_rows(scenes, names, HELD_OUT_ENTROPY)
+    for name, lines in rows.items():
+        _write_lines(out / f"{name}.jsonl", lines)
+    (out / "vocab.json").write_text(json.dumps(_vocabulary(), indent=1) + "\n", encoding="utf-8")
+    return {name: len(lines) for name, lines in rows.items()}
+
+
+def benchmark_rows(
+    scenes: list[Scene], names: Sequence[str], entropy: Sequence[int]
+) -> dict[str, list[dict[str, Any]]]:
+    """Annotations and the documents of every task.
+
+    Parameters
+    ----------
+    scenes
+        The scenes.
+    names
+        What the documents call the image of each.
+    entropy
+        Of the choice of questions.
+
+    Returns
+    -------
+    dict
+        File name -> lines.
+    """
     popularity = category_popularity(scenes)
     rows: dict[str, list[dict[str, Any]]] = {"scenes": [], "scenes_pope": [], "scenes_vqa": [], "scenes_caption": []}
     for index, (scene, image) in enumerate(zip(scenes, names, strict=True)):
         key = f"{index:04d}"
-        rng = np.random.default_rng((*HELD_OUT_ENTROPY, number, index))  # apart from the scene's own stream
+        rng = np.random.default_rng((*entropy, len(scenes), index))  # apart from the scene's own stream
         rows["scenes"].append({"id": key, "image": image, "theme": scene.theme, "objects": _objects(scene)})
         for split in SPLITS:
             for place, probe in enumerate(pope_probes(scene, split, popularity, rng)):
@@ -92,10 +118,7 @@ def freeze(out: Path, number: int = NUM_SCENES) -> dict[str, int]:
         rows["scenes_caption"].append(
             {"id": f"{key}-caption", "image": image, "prompt": ask.CAPTION_PROMPT, "objects": list(scene.present)}
         )
-    for name, lines in rows.items():
-        _write_lines(out / f"{name}.jsonl", lines)
-    (out / "vocab.json").write_text(json.dumps(_vocabulary(), indent=1) + "\n", encoding="utf-8")
-    return {name: len(lines) for name, lines in rows.items()}
+    return rows
 
 
 def _objects(scene: Scene) -> list[dict[str, Any]]:
