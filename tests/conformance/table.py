@@ -6,9 +6,25 @@ A new method adds its row here and inherits every test of this folder on every f
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from lmmhooks.methods.tensors import TensorSet
 
 __all__ = ["ROWS", "Row"]
+
+
+def random_directions(family: Any) -> dict[str, Any]:
+    """Directions of steering for a model, one for all tokens of its vision tower."""
+    generator = torch.Generator().manual_seed(0)
+    (*_, last) = (m for m in family.mlp_of(family.vision_layers[0]).modules() if isinstance(m, nn.Linear))
+    textual = torch.randn(family.num_layers, family.hidden_size, generator=generator)
+    visual = torch.randn(len(family.vision_layers), 1, last.out_features, generator=generator)
+    return {"directions": TensorSet({"textual": textual, "visual": visual})}
 
 
 @dataclass(frozen=True)
@@ -22,11 +38,14 @@ class Row:
         Whether logits of a prompt with an image must differ from the unpatched model; False: they must be equal.
     refused
         Family to a part of the reason for which wrap refuses it.
+    measured
+        For a `lmmhooks.family.Family`, settings that `lmmhooks calibrate` would have left on record, by name.
     """
 
     spec: str
     changes: bool = True
     refused: dict[str, str] = field(default_factory=dict)
+    measured: Callable[[Any], dict[str, Any]] | None = None
 
 
 ROWS: dict[str, Row] = {
@@ -42,6 +61,7 @@ ROWS: dict[str, Row] = {
     "heads-guided": Row("heads-guided(start=0, alpha=1.0)"),
     "act": Row("act(heads='all', thr=0.05)"),
     "vhr": Row("vhr"),
+    "vti": Row("vti(factor=0.5)", measured=random_directions),
     "reduction-identity": Row("reduction-identity", changes=False),
     "random": Row("random(keep=4)"),
     "uniform-grid": Row("uniform-grid(keep=4)"),
