@@ -96,14 +96,15 @@ class AdaptVis(AttentionMethod):
         return (self.low == 1 and self.high == 1) if self.weight is None else self.weight == 1
 
     def prepare(self, prompt: PromptContext) -> None:
-        if self.weight is None:
+        if self.weight is None and prompt.layout.spans:
             sure = confidence(prompt.passes.first_logits())
             prompt.memory["weight"] = choose_weights(sure, self.threshold, self.low, self.high)
 
-    def scale_keys(self, context: AttentionContext) -> Tensor:
+    def scale_keys(self, context: AttentionContext) -> Tensor | None:
+        if not context.layout.spans:
+            return None
         visual = context.layout.visual
         if self.weight is not None:
-            weight = torch.full((visual.shape[0],), float(self.weight), device=visual.device)
-        else:
-            weight = context.memory["weight"].to(visual.device)
+            return torch.where(visual, self.weight, 1.0)
+        weight: Tensor = context.memory["weight"].to(visual.device)
         return torch.where(visual, weight[:, None], 1.0)
