@@ -47,7 +47,7 @@ class BoostMethod(AttentionMethod):
         None, help="First edited layer, 0-based. None: 2 of 32 layers (paper), scaled with depth for other decoders."
     )
     end: int | None = setting(
-        None, help="Layer before which the edit stops, 0-based. None: all from the first one on (released code: 32)."
+        None, help="One past the last edited layer. None: all from the first one on, as released (32 of 32)."
     )
 
     def check(self, family: Any) -> None:
@@ -66,7 +66,7 @@ class BoostMethod(AttentionMethod):
     def _range(self, family: Any) -> tuple[int, int]:
         first, last = self.published
         depth = family.num_layers
-        scaled = depth if last is None else round(depth * last / 32) + 1
+        scaled = depth if last is None else min(depth, round(depth * last / 32) + 1)
         return (
             round(depth * first / 32) if self.start is None else self.start,
             scaled if self.end is None else self.end,

@@ -56,7 +56,7 @@ class HeadsGuided(BoostMethod):
         None, help="First edited layer, 0-based. None: 5 of 32 layers (paper), scaled with depth for other decoders."
     )
     end: int | None = setting(
-        None, help="Layer before which the edit stops, 0-based. None: 19 of 32 layers (5 to 18, paper), scaled."
+        None, help="One past the last edited layer. None: 19 of 32 layers (5 to 18, paper), scaled alike."
     )
 
     def __post_init__(self) -> None:
