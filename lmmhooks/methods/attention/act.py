@@ -56,7 +56,7 @@ def later_sinks(received: Tensor, seen: Tensor, threshold: Tensor, min_rows: int
 
 def calibrated_factors(mass: Tensor, rest: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     """
-    Factors on sinks and on all other keys of a row, after which it still sums to one.
+    Factors on sinks and on all other keys of a row, after which its sum is what it was.
 
     Parameters
     ----------
@@ -72,7 +72,7 @@ def calibrated_factors(mass: Tensor, rest: Tensor, beta: float) -> tuple[Tensor,
     """
     movable = rest > 0
     inside = torch.where(movable, beta, torch.ones_like(mass))
-    return inside, torch.where(movable, (1 - beta * mass) / rest.where(movable, 1.0), 1.0)
+    return inside, torch.where(movable, 1 + (1 - beta) * mass / rest.where(movable, 1.0), 1.0)
 
 
 @dataclass(frozen=True)
