@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextvars import Context
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,8 +24,9 @@ class Companion:
     """
     Runs the layers of the decoder on a prompt without images, one stop at a time.
 
-    A short plain pass records what every layer is called with besides its hidden states (rotary angles, mask), none of
-    which depends on them; from the first stop on the layers are run one by one with the gains decided there.
+    A plain pass runs up to the first stop and records what layers are called with besides their hidden states (rotary
+    angles, mask): the same for all layers of one type. From the first stop on the layers are run one by one with the
+    gains decided there.
 
     Parameters
     ----------
@@ -39,19 +42,19 @@ class Companion:
         self.runtime = runtime
         self.passes = passes
         self.next = stops[0]
-        self._arguments: dict[int, dict[str, Any]] = {}
+        family = runtime.family
+        self._types: Sequence[Any] = getattr(family.text_config, "layer_types", None) or [None] * family.num_layers
+        self._arguments: dict[Any, dict[str, Any]] = {}
         self._hidden: Tensor | None = None
+        # Layers of another type than the first stop's may be called with another mask: the pass goes on to see it.
+        first = {self._types[layer]: layer for layer in reversed(range(stops[0], stops[-1] + 1))}
 
-        def keep(layer: int) -> Callable[[Tensor, dict[str, Any]], None]:
-            def show(hidden: Tensor, arguments: dict[str, Any]) -> None:
-                self._arguments[layer] = arguments
-                if layer == stops[0]:
-                    self._hidden = hidden
+        def show(layer: int, hidden: Tensor, arguments: dict[str, Any]) -> None:
+            self._arguments[self._types[layer]] = arguments
+            if layer == stops[0]:
+                self._hidden = hidden
 
-            return show
-
-        layers = range(stops[0], stops[-1] + 1)
-        passes.run(False, inputs={layer: keep(layer) for layer in layers}, through=stops[-1])
+        passes.run(False, inputs={layer: partial(show, layer) for layer in first.values()}, through=max(first.values()))
 
     def advance(self, layer: int, decide: Callable[[Tensor], Tensor]) -> None:
         """
@@ -73,7 +76,12 @@ class Companion:
             return output * gain[:, None, :, None].to(output.device, output.dtype), weights
 
         with self.passes.silent({layer: compare}), torch.no_grad():
-            for number in range(self.next, layer + 1):
-                # Not through __call__: hooks on the layer belong to the reading of the whole prompt.
-                self._hidden = self.runtime.family.layers[number].forward(self._hidden, **self._arguments[number])
+            # In a context of its own: transformers collects attention weights for the caller in a context variable.
+            Context().run(self._run_layers, range(self.next, layer + 1))
         self.next = layer + 1
+
+    def _run_layers(self, numbers: Sequence[int]) -> None:
+        for number in numbers:
+            # Not through __call__: hooks on the layer belong to the reading of the whole prompt.
+            layer = self.runtime.family.layers[number]
+            self._hidden = layer.forward(self._hidden, **self._arguments[self._types[number]])

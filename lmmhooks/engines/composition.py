@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lmmhooks.errors import MethodError
+from lmmhooks.methods.attention.base import AttentionMethod
 from lmmhooks.methods.base import Method
 from lmmhooks.methods.decoding.base import DecodingMethod
 from lmmhooks.methods.reduction.base import ReductionMethod
@@ -29,8 +30,8 @@ def check_composition(family: Any, present: Sequence[Method], added: Sequence[Me
     Raises
     ------
     MethodError
-        The same method twice, two reducers at one boundary, two decoding methods, or a declared conflict; the text says
-        which and what to do.
+        The same method twice, two reducers at one boundary, two decoding methods, two that compare heads with a
+        reading without images, or a declared conflict; the text says which and what to do.
     """
     known: list[Method] = list(present)
     for new in added:
@@ -50,6 +51,8 @@ def _conflict(family: Any, old: Method, new: Method) -> str | None:
         return old.conflicts.get(new.id) or new.conflicts[old.id]
     if all(any(isinstance(part, DecodingMethod) for part in method.parts()) for method in (old, new)):
         return "both define the next-token logits"
+    if all(any(_contrasts_text(part) for part in method.parts()) for method in (old, new)):
+        return "both compare heads with a reading without images, which gets the gains of one method"
     if isinstance(old, ReductionMethod) and isinstance(new, ReductionMethod):
         shared = {cut.layer for cut in old.cuts(family)} & {cut.layer for cut in new.cuts(family)}
         if shared:
@@ -58,3 +61,7 @@ def _conflict(family: Any, old: Method, new: Method) -> str | None:
             )
             return f"both remove tokens {where}"
     return None
+
+
+def _contrasts_text(part: Method) -> bool:
+    return isinstance(part, AttentionMethod) and part.contrasts_text

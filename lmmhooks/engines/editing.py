@@ -58,7 +58,8 @@ class Edit:
     Attributes
     ----------
     companion
-        The reading of the prompt without images that heads are compared with; None where no method asks for it.
+        The reading of the prompt without images that heads are compared with; None where no method asks for it, no
+        row has an image, or the prompt has been read.
     """
 
     layer: int
@@ -275,21 +276,25 @@ class Edit:
             if "scale_heads" not in method.edits:
                 continue
             context = self.context(method, plan.index)
-            if method.contrasts_text and self.state.is_prefill:
-                self._compare_heads(method, plan, outputs, context)
+            if method.contrasts_text and self.companion is not None:
+                self._compare_heads(self.companion, method, plan, outputs, context)
             gain = method.scale_heads(queries, outputs, context)
             if gain is not None:
                 outputs = _only(plan, method, outputs, outputs * gain.to(outputs.dtype))
         return outputs
 
     def _compare_heads(
-        self, method: AttentionMethod, plan: RowPlan, outputs: Tensor, context: AttentionContext
+        self,
+        companion: Companion,
+        method: AttentionMethod,
+        plan: RowPlan,
+        outputs: Tensor,
+        context: AttentionContext,
     ) -> None:
-        assert self.companion is not None
         # Planned rows ascend, so the last real one of a sample is its last position.
         last = (plan.real.sum(dim=1, keepdim=True) - 1).clamp(min=0)
         with_image = take_rows(outputs, last)[:, :, 0]
-        self.companion.advance(self.layer, lambda without: method.choose_heads(with_image, without, context))
+        companion.advance(self.layer, lambda without: method.choose_heads(with_image, without, context))
 
     def _record_moved(self, distance: Tensor, real: Tensor) -> None:
         self.state.moved[self.layer] = (distance * real).sum() / real.sum()

@@ -117,7 +117,7 @@ class PromptPreparer:
         for method, watched in self.beforehand:
             listeners = {layer: self._reader(method, layer, rows, state) for layer, rows in watched.items()}
             passes.run(True, listeners, through=max(listeners))
-        if self.contrasting:
+        if self.contrasting and bool(state.layout.visual.any()):
             state.companion = Companion(self.runtime, passes, self.contrasting)
 
     def _reader(self, method: AttentionMethod, layer: int, rows: str, state: PromptState) -> Any:

@@ -294,6 +294,8 @@ class Runtime:
         return bool(torch.isin(input_ids, torch.tensor(ids, device=input_ids.device)).any())
 
     def _leave_core(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if self.current is not None:
+            self.current.companion = None
         self.current = None
 
     def _enter_text(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -323,7 +325,6 @@ class Runtime:
             stage.scratch.clear()
         if state.is_prefill:
             state.vision.clear()
-            state.companion = None
             cache = getattr(output, "past_key_values", None)
             cache = cache if cache is not None else kwargs.get("past_key_values")
             if isinstance(cache, Cache):
