@@ -45,9 +45,10 @@ def last_outputs(model: Any, inputs: dict[str, Tensor], gains: Gains, layer: int
     return seen["outputs"]
 
 
-def without_image(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tokens of the one prompt in ``inputs`` that are text."""
-    ids = torch.tensor([[i for i in inputs["input_ids"][0].tolist() if i not in (IMAGE, START, END)]])
+def without_image(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tokens of the one prompt that are text; not every configuration names those that open and close an image."""
+    marks = {IMAGE} | ({START, END} if hasattr(model.config, "vision_start_token_id") else set())
+    ids = torch.tensor([[i for i in inputs["input_ids"][0].tolist() if i not in marks]])
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
@@ -88,7 +89,7 @@ def vhr_gains(
     for layer in sorted(layers):
         below = {} if twopass else dict(gains)
         outputs = last_outputs(model, inputs, below, layer)
-        text = last_outputs(model, without_image(inputs), below if scale_text else {}, layer)
+        text = last_outputs(model, without_image(model, inputs), below if scale_text else {}, layer)
         chosen = choose(outputs, text, drop_outliers, std)
         gains[layer] = [alpha if h in chosen else 1.0 for h in range(len(outputs))]
     return gains

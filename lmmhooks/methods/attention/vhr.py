@@ -66,7 +66,8 @@ def reinforced_heads(moved: Tensor) -> Tensor:
 
 
 def _stands_out(values: Tensor, unbiased: bool) -> Tensor:
-    return values > values.mean(dim=-1, keepdim=True) + values.std(dim=-1, correction=int(unbiased), keepdim=True)
+    correction = min(int(unbiased), values.shape[-1] - 1)
+    return values > values.mean(dim=-1, keepdim=True) + values.std(dim=-1, correction=correction, keepdim=True)
 
 
 @dataclass(frozen=True)
