@@ -170,7 +170,7 @@ class PlainPasses:
 
     def _with_image(self) -> dict[str, Any]:
         mask = self.arguments.get("attention_mask")
-        if isinstance(mask, Tensor) and mask.dim() == 4:
+        if mask is not None and (isinstance(mask, dict) or mask.dim() != 2):
             # Shaped for a cache of fixed length, which a pass without cache has not got.
             padding = self.state.stages[0].mask
             mask = None if padding is None else padding.long()
