@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lmmhooks import methods
+    from lmmhooks import inspect, methods
     from lmmhooks.comparison import Comparison, compare
     from lmmhooks.errors import LmmhooksError, MethodError, ModelError, PromptError
     from lmmhooks.family import Family
@@ -32,6 +32,7 @@ __all__ = [
     "Patch",
     "PromptError",
     "compare",
+    "inspect",
     "load",
     "method",
     "methods",
@@ -59,8 +60,8 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
-    if name == "methods":
-        return import_module("lmmhooks.methods")
+    if name in ("inspect", "methods"):
+        return import_module(f"lmmhooks.{name}")
     raise AttributeError(f"module 'lmmhooks' has no attribute {name!r}")
 
 

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from importlib.resources import files
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,14 +15,16 @@ from torch import Tensor, nn
 from lmmhooks.engines.attach import Attachments
 from lmmhooks.engines.probes import DecoderProbe
 from lmmhooks.engines.runtime import Runtime, find_runtime
-from lmmhooks.errors import LmmhooksError, MethodError
+from lmmhooks.errors import MethodError
 from lmmhooks.methods.registry import resolve
+from lmmhooks.pages import data_uri, write_page
 from lmmhooks.patch import wrap
 from lmmhooks.prompting import build_inputs, open_image
 from lmmhooks.stats import Stats
 
 if TYPE_CHECKING:
     from os import PathLike
+    from pathlib import Path
 
 __all__ = ["Comparison", "Run", "Token", "compare"]
 
@@ -116,21 +114,13 @@ class Comparison:
         LmmhooksError
             The file cannot be written.
         """
-        from jinja2 import Environment, select_autoescape
-
-        source = files("lmmhooks").joinpath("templates/comparison.html.j2").read_text(encoding="utf-8")
-        environment = Environment(autoescape=select_autoescape(default=True, default_for_string=True))
-        page = environment.from_string(source).render(
+        return write_page(
+            "comparison.html.j2",
+            path,
             comparison=self,
             pictures=[self._picture(run) for run in self.runs],
-            original=None if self.image is None else _data_uri(self.image),
+            original=None if self.image is None else data_uri(self.image),
         )
-        target = Path(path)
-        try:
-            target.write_text(page, encoding="utf-8")
-        except OSError as error:
-            raise LmmhooksError(f"cannot write {str(target)!r}: {error.strerror}; choose another place") from None
-        return target
 
     def _picture(self, run: Run) -> str | None:
         """The image darkened where the run does not look; tokens that were removed are grey."""
@@ -144,7 +134,7 @@ class Comparison:
         lit = Image.composite(self.image, Image.new("RGB", size), mask)
         kept = Image.fromarray((torch.tensor(run.kept).byte() * 255).numpy(), mode="L")
         kept = kept.resize(size, Image.Resampling.NEAREST)
-        return _data_uri(Image.composite(lit, Image.new("RGB", size, (128, 128, 128)), kept))
+        return data_uri(Image.composite(lit, Image.new("RGB", size, (128, 128, 128)), kept))
 
 
 def compare(
@@ -288,9 +278,3 @@ def _clock(model: nn.Module) -> Iterator[list[float]]:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _data_uri(image: Image.Image) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -4,12 +4,13 @@ Finding the channels in which attention sinks carry massive activations.
 Thresholds after "Massive Activations in Large Language Models" (2402.17762) and VAR (2503.03321); anchors, persistence
 and confirmation are our own procedure (UNVERIFIED). A threshold alone never decides: a channel must persist over layers
 and prompts, be massive in absolute terms and relative to the median, and its score must go with received attention.
+Channels that stand out only where the prompt has an image were not made by the decoder: they are kept apart.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -20,10 +21,12 @@ from torch import Tensor
 
 from lmmhooks.engines.attention import AttentionEngine
 from lmmhooks.engines.probes import DecoderProbe
+from lmmhooks.methods.attention.sinks import sink_scores, sink_threshold
 from lmmhooks.prompting import build_inputs
 
 if TYPE_CHECKING:
     from lmmhooks.engines.runtime import Runtime
+    from lmmhooks.family import Family
 
 __all__ = ["SinkDims", "discover_sink_dims", "sink_channels"]
 
@@ -33,6 +36,8 @@ MIN_LAYER_SHARE = 0.5
 MIN_PROMPT_SHARE = 0.8
 MASSIVE = 100.0
 MASSIVE_RATIO = 1000.0
+RELAXED_RATIO = 100.0
+"""Ratio to the median asked of channels that come with the image, which encoders write less extreme."""
 
 QUESTIONS = (
     "What is in the image?",
@@ -57,10 +62,14 @@ class SinkDims:
         Channels, strongest first; empty when the model has none.
     evidence
         JSON-compatible: candidates with their persistence, magnitude, ratio to the median and rank correlation.
+    visual_dims
+        Channels that stand out in prompts with an image only: what the vision encoder wrote and the decoder carries on.
+        Empty where no image was shown.
     """
 
     dims: tuple[int, ...]
     evidence: dict[str, Any]
+    visual_dims: tuple[int, ...] = ()
 
 
 def sink_channels(hidden: Tensor, valid: Tensor, tau: float) -> dict[int, float]:
@@ -109,7 +118,7 @@ class _Candidate:
     def look(self, hidden: Tensor, received: Tensor, prompt: int, z: float) -> None:
         x = hidden.float()
         peak = x[:, self.channel].abs().max()
-        score = x[:, self.channel].abs() / (x.square().mean(dim=-1) + 1e-6).sqrt()
+        score = sink_scores(x, (self.channel,))
         self.layers_hit[prompt] += 1
         self.z.append(z)
         self.peaks.append((float(peak), float(peak / x.abs().median().clamp_min(1e-9))))
@@ -117,12 +126,16 @@ class _Candidate:
         # Undefined where one of the two is constant; then it is no evidence.
         self.ranks.append(0.0 if math.isnan(rank) else rank)
 
-    def summary(self, num_layers: int) -> dict[str, float]:
+    def summary(self, num_layers: int, with_image: Sequence[bool]) -> dict[str, Any]:
         magnitude, ratio = sorted(self.peaks)[len(self.peaks) // 2]
-        lasting = sum(count >= MIN_LAYER_SHARE * num_layers for count in self.layers_hit)
+        lasting = [count >= MIN_LAYER_SHARE * num_layers for count in self.layers_hit]
+        shown = [hit for hit, image in zip(lasting, with_image, strict=True) if image]
+        unseen = [hit for hit, image in zip(lasting, with_image, strict=True) if not image]
         return {
             "channel": self.channel,
-            "prompt_share": lasting / len(self.layers_hit),
+            "prompt_share": sum(lasting) / len(lasting),
+            "image_share": sum(shown) / len(shown) if shown else None,
+            "text_share": sum(unseen) / len(unseen) if unseen else None,
             "mean_z": sum(self.z) / len(self.z),
             "magnitude": magnitude,
             "ratio": ratio,
@@ -139,43 +152,63 @@ def discover_sink_dims(runtime: Runtime, processor: Any = None, tau: float | Non
     runtime
         Of the model; its patches are suspended meanwhile.
     processor
-        Builds prompts, every second one with a synthetic image. None: random token ids, text only.
+        Builds prompts, every second one with a synthetic image, each time another. None: random token ids, text only.
     tau
         Threshold on normalised magnitude; None: 20, or 0.3125 sqrt(width) below width 2048.
     """
     family = runtime.family
-    width = family.hidden_size
-    tau = tau if tau is not None else 20.0 if width >= 2048 else 0.3125 * width**0.5
+    tau = tau if tau is not None else sink_threshold(family.hidden_size)
     # Deepstack layers still receive vision features: what stands out there is not the decoder's doing.
     layers = range(max(2, family.deepstack_layers), family.num_layers - 1)
     found: dict[int, _Candidate] = {}
     prompts = list(_prompts(family, processor))
-    for number, inputs in enumerate(prompts):
+    with_image = [image for _, image in prompts]
+    for number, (inputs, _) in enumerate(prompts):
         hidden, received, valid = _read_prompt(runtime, inputs, layers)
         for layer in layers:
             for channel, z in sink_channels(hidden[layer], valid, tau).items():
                 candidate = found.setdefault(channel, _Candidate(channel, [0] * len(prompts)))
                 candidate.look(hidden[layer][valid], received[layer][valid], number, z)
-    rows = sorted((c.summary(len(layers)) for c in found.values()), key=lambda row: -row["mean_z"])
+    rows = sorted((c.summary(len(layers), with_image) for c in found.values()), key=lambda row: -row["mean_z"])
+    least = 0.0 if (rescaled := _rescaled(family)) else MASSIVE
+    # A share of 0.8 over prompts with several images also means: the same channels whatever the image.
     lasting = [row for row in rows if row["prompt_share"] >= MIN_PROMPT_SHARE][:MAX_CHANNELS]
-    confirmed = [
+    confirmed = [row for row in lasting if _confirmed(row, least, MASSIVE_RATIO)]
+    propagated = [
         row
-        for row in lasting
-        if row["magnitude"] >= MASSIVE and row["ratio"] >= MASSIVE_RATIO and row["rank_correlation"] > 0
+        for row in rows
+        if row["image_share"] is not None and row["image_share"] >= MIN_PROMPT_SHARE and not row["text_share"]
     ]
+    propagated = [row for row in propagated if _confirmed(row, 0.0, RELAXED_RATIO)][:MAX_CHANNELS]
     if confirmed:
         summary = f"{len(confirmed)} of {len(rows)} candidate channels are massive and attended to"
     elif rows:
         best = rows[0]
         summary = (
             f"strongest channel {best['channel']}: |x| {best['magnitude']:.0f}, {best['ratio']:.0f} times the median, "
-            f"rank correlation {best['rank_correlation']:.2f}; needed: {MASSIVE:.0f}, {MASSIVE_RATIO:.0f}, above 0"
+            f"rank correlation {best['rank_correlation']:.2f}; needed: {least:.0f}, {MASSIVE_RATIO:.0f}, above 0"
         )
     else:
         summary = "no channel stands out"
-    evidence = {"summary": summary, "tau": tau, "prompts": len(prompts), "layers": list(layers)}
-    evidence["candidates"] = rows[:16]
-    return SinkDims(tuple(int(row["channel"]) for row in confirmed), evidence)
+    evidence = {"summary": summary, "tau": tau, "prompts": len(prompts), "images": sum(with_image)}
+    evidence |= {"layers": list(layers), "ratios_only": rescaled, "candidates": rows[:16]}
+    return SinkDims(_channels(confirmed), evidence, _channels(propagated))
+
+
+def _confirmed(row: dict[str, Any], least: float, ratio: float) -> bool:
+    return bool(row["magnitude"] >= least and row["ratio"] >= ratio and row["rank_correlation"] > 0)
+
+
+def _channels(rows: Sequence[dict[str, Any]]) -> tuple[int, ...]:
+    return tuple(int(row["channel"]) for row in rows)
+
+
+def _rescaled(family: Family) -> bool:
+    """Whether embeddings are scaled, or branches or queries normed before they act: then only ratios mean something."""
+    norms = ("q_norm", "post_feedforward_layernorm", "pre_feedforward_layernorm")
+    layer = family.layers[0]
+    scaled = hasattr(family.text_model.get_input_embeddings(), "embed_scale")
+    return scaled or any(hasattr(part, name) for part in (layer, family.attention_of(layer)) for name in norms)
 
 
 def _read_prompt(
@@ -209,12 +242,13 @@ def _read_prompt(
     return hidden, {layer: mass / seen for layer, mass in received.items()}, valid
 
 
-def _prompts(family: Any, processor: Any) -> Iterator[dict[str, Any]]:
+def _prompts(family: Any, processor: Any) -> Iterator[tuple[dict[str, Any], bool]]:
+    """Inputs of every prompt, and whether there is an image in them."""
     device = family.text_model.device
     if processor is not None:
         for number, question in enumerate(QUESTIONS):
             images = [_image(number)] if number % 2 == 0 else []
-            yield build_inputs(processor, images, question, device, family.text_model.dtype)
+            yield build_inputs(processor, images, question, device, family.text_model.dtype), bool(images)
         return
     generator = torch.Generator().manual_seed(0)
     bos = getattr(family.text_config, "bos_token_id", None)
@@ -225,7 +259,7 @@ def _prompts(family: Any, processor: Any) -> Iterator[dict[str, Any]]:
             ids[ids == token] = (token + 1) % family.text_config.vocab_size
         if isinstance(bos, int):
             ids[0, 0] = bos
-        yield {"input_ids": ids.to(device), "attention_mask": torch.ones_like(ids).to(device)}
+        yield {"input_ids": ids.to(device), "attention_mask": torch.ones_like(ids).to(device)}, False
 
 
 def _image(number: int) -> Image.Image:
