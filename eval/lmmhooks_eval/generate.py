@@ -144,6 +144,13 @@ class Generator:
         )
         return self._read(inputs, output.sequences), cost
 
+    def first_tokens(self, inputs: Any) -> list[str]:
+        """The most likely first token of every answer as text; ``inputs`` as `inputs` returns them."""
+        arguments = self._arguments({"do_sample": False, "max_new_tokens": 1})
+        with torch.inference_mode():
+            sequences = self.model.generate(**inputs, **arguments)
+        return [answer.text for answer in self._read(inputs, sequences)]
+
     def inputs(self, prompts: Sequence[str], images: Sequence[Sequence[Any]]) -> Any:
         """The processor's tensors of a batch on the model's device, padded on the left."""
         tokenizer = self.processor.tokenizer

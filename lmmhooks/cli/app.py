@@ -36,6 +36,7 @@ COMMANDS: Mapping[str, LazyCommand] = {
     "bench": LazyCommand(
         "lmmhooks.cli.bench", "Measure prefill, decoding and memory against the baseline and the limit."
     ),
+    "calibrate": LazyCommand("lmmhooks.cli.calibrate", "Measure on a checkpoint what some methods need, and keep it."),
     "score": LazyCommand("lmmhooks.cli.score", "Score the stored answers of a run again, without a model."),
     "report": LazyCommand("lmmhooks.cli.report", "Tables, paired statistics and plots of one or several runs."),
     "methods": LazyCommand("lmmhooks.cli.methods", "List methods with papers, settings and defaults."),

@@ -81,10 +81,13 @@ def calibrate_command(method: Method, runtime: Runtime, out: Path | None = None)
     """The command that measures what a method needs on this checkpoint."""
     from lmmhooks.loading import BUNDLED
 
-    source = str(getattr(runtime.family.model.config, "_name_or_path", "") or "FOLDER")
+    model = runtime.family.model
+    source = str(getattr(model.config, "_name_or_path", "") or "FOLDER")
     name = Path(source).name
+    # A record holds for the weights as loaded; in another dtype they are other weights.
+    dtype = str(model.dtype).removeprefix("torch.")
     where = "" if out is None else f" --out {out}"
-    return f"lmmhooks calibrate {method.id} --model {name if name in BUNDLED else source}{where}"
+    return f"lmmhooks calibrate {method.id} --model {name if name in BUNDLED else source} --dtype {dtype}{where}"
 
 
 def _sink_dims(runtime: Runtime, processor: Any) -> tuple[list[int], dict[str, Any]]:
@@ -117,13 +120,13 @@ def _from_file(method: Method, name: str, path: Path, runtime: Runtime) -> Any:
 def _from_cache(method: Method, name: str, moment: str, runtime: Runtime, processor: Any, cache: Path | None) -> Any:
     checkpoint = _identity(runtime)
     path = record_file(method.id, name, checkpoint, cache)
-    record = None
-    if path.exists():
+    for place in (path, *_shipped(method, name, checkpoint, runtime)):
         # One that is damaged or of an older version counts as none.
+        record = None
         with contextlib.suppress(MethodError):
-            record = read_record(path)
-    if record is not None and same_checkpoint(record.checkpoint, checkpoint):
-        return _usable(method, record)
+            record = read_record(place)
+        if record is not None and same_checkpoint(record.checkpoint, checkpoint):
+            return _usable(method, record)
     if moment == "command":
         raise MethodError(
             f"{method.id}: {name} has to be measured, and was not on {describe_checkpoint(checkpoint)}; "
@@ -134,6 +137,13 @@ def _from_cache(method: Method, name: str, moment: str, runtime: Runtime, proces
     with contextlib.suppress(OSError):
         write_record(record, path)
     return _usable(method, record)
+
+
+def _shipped(method: Method, name: str, checkpoint: Mapping[str, Any], runtime: Runtime) -> list[Path]:
+    """Where the folder of a checkpoint may carry a record of its own."""
+    source = str(getattr(runtime.family.model.config, "_name_or_path", "") or "")
+    folder = Path(source)
+    return [record_file(method.id, name, checkpoint, folder / "lmmhooks")] if source and folder.is_dir() else []
 
 
 def _usable(method: Method, record: Record) -> Any:
