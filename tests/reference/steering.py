@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.reference.attention import full_logits
 from tests.zoo import IMAGE, VIDEO
 
 #: (layer, MLP input [N, D], MLP output [N, D], row of the batch) -> new output [N, D]
@@ -91,6 +92,42 @@ def vista_mlp(directions: list[list[Tensor] | None], lam: float) -> MlpEdit:
         return torch.stack(turned)
 
     return edit
+
+
+def vista_logits(
+    zoo: Any, inputs: dict[str, Tensor], answer: Tensor, lam: float, gamma: float, layers: tuple[int, ...]
+) -> Tensor:
+    """Logits ``[B, N, vocabulary]`` of steered forwards, mixed with those of every late layer by itself."""
+    directions = [vista_direction(zoo, inputs, row) for row in range(len(answer))]
+    states: dict[int, Tensor] = {}
+    with hooked(zoo.model, mlp=vista_mlp(directions, lam), read=states.__setitem__):
+        logits = full_logits(zoo.model, inputs, answer)
+    for row, vectors in enumerate(directions):
+        if vectors is not None:
+            late = [zoo.model.lm_head(states[layer][row]) for layer in layers]
+            logits[row] = (1 - gamma) * logits[row] + gamma * sum(late) / len(late)
+    return logits.detach()
+
+
+def visual_embeddings(zoo: Any, inputs: dict[str, Tensor], images: str = "last") -> list[Tensor | None]:
+    """What the decoder is given at the visual tokens of each row: of its last image, or of all of them."""
+    found: list[Tensor] = []
+    text = zoo.model.model.language_model
+    handle = text.register_forward_pre_hook(
+        lambda module, args, kwargs: found.append(kwargs["inputs_embeds"]), with_kwargs=True
+    )
+    with torch.no_grad():
+        zoo.model(**inputs)
+    handle.remove()
+    out: list[Tensor | None] = []
+    for ids, embeddings in zip(inputs["input_ids"].tolist(), found[0], strict=True):
+        runs: list[list[int]] = []
+        for i, token in enumerate(ids):
+            if token == IMAGE:
+                runs = [*runs, [i]] if not i or ids[i - 1] != IMAGE else [*runs[:-1], [*runs[-1], i]]
+        places = runs[-1:] if images == "last" else runs
+        out.append(embeddings[[i for run in places for i in run]] if places else None)
+    return out
 
 
 def memvr_rows(
