@@ -20,12 +20,12 @@ __all__ = ["SegmentCall"]
 ROW_BLOCK = 256
 """Query rows of which weights exist at once; memory is B x H' x block x N float32."""
 
-LEAST_REST = 0.1
+LEAST_REST = 0.25
 """
 Share of a row outside the set below which the row is computed explicitly.
 
-The output of everything outside is what is left of the row's output once the set is taken out of it: below this share
-more than one digit cancels.
+The output of everything outside is what is left of the row's output once the set is taken out of it: rounding grows as
+the inverse of this share.
 """
 
 
@@ -147,14 +147,14 @@ class SegmentCall:
         of_set = torch.matmul(weights, self._pick(self.values, index).float())
         plain = output.transpose(1, 2)[:, self.index].float()
         edited = outside[..., None] * plain + (inside - outside)[..., None] * of_set
-        self._correct(edited, (rest < LEAST_REST).any(dim=1), chosen, method)
-        moved = 0.5 * ((inside - 1).abs() * mass + (outside - 1).abs() * rest).sum(dim=1) / self.num_heads
+        moved = 0.5 * ((inside - 1).abs() * mass + (outside - 1).abs() * rest)
+        self._correct(edited, moved, (rest < LEAST_REST).any(dim=1), chosen, method)
         result = output.clone()
         result[:, :, self.index] = edited.transpose(1, 2).to(output.dtype)
-        return result, moved
+        return result, moved.sum(dim=1) / self.num_heads
 
-    def _correct(self, edited: Tensor, tight: Tensor, chosen: Tensor, method: SegmentMethod) -> None:
-        """Overwrite rows ``tight [B, N]`` of ``edited [B, H', N, d]`` with what explicit weights give."""
+    def _correct(self, edited: Tensor, moved: Tensor, tight: Tensor, chosen: Tensor, method: SegmentMethod) -> None:
+        """Overwrite rows ``tight [B, N]`` of ``edited [B, H', N, d]`` and ``moved [B, H', N]`` by explicit weights."""
         plan = plan_rows({"tight": tight})
         if plan is None:
             return
@@ -162,10 +162,13 @@ class SegmentCall:
         for start in range(0, plan.num_rows, ROW_BLOCK):
             rows = plan.index[:, start : start + ROW_BLOCK]
             scores = row_scores(take_rows(self.queries, rows), keys, self.call.scaling, self.call.kwargs.get("softcap"))
-            weights = torch.softmax(hide(scores, self.rows_see(rows)), dim=-1)
-            exact = apply_weights(method.reweight(weights, chosen), values).to(edited.dtype)
+            before = torch.softmax(hide(scores, self.rows_see(rows)), dim=-1)
+            after = method.reweight(before, chosen)
+            exact = apply_weights(after, values).to(edited.dtype)
+            distance = 0.5 * (after - before).abs().sum(dim=-1)
             # Filler rows of the plan repeat rows that exist: for them too the explicit result is the right one.
             edited.scatter_(2, rows[:, None, :, None].expand_as(exact), exact)
+            moved.scatter_(2, rows[:, None, :].expand_as(distance), distance)
 
     def _shared(self, states: Tensor) -> Tensor:
         """Key or value states with heads that `row_scores` can deal out to the edited query heads."""
