@@ -51,6 +51,7 @@ class Row:
 ROWS: dict[str, Row] = {
     "attention-identity": Row("attention-identity", changes=False),
     "var": Row("var(sink_dims='any', tau=2.6, rho=0.3)"),
+    "cmai": Row("cmai(focus_layer=1)"),
     "gift": Row("gift(question_skip=(1, 0))"),
     "vaf": Row("vaf(enh=1.5, sup=0.5)"),
     "adaptvis": Row("adaptvis(low=0.5, high=2.0, threshold=0.1)"),
