@@ -44,7 +44,8 @@ class BoostMethod(AttentionMethod):
     """First and last layer of the 32 of LLaVA-1.5-7B; None for the last there is."""
 
     start: int | None = setting(
-        None, help="First edited layer, 0-based. None: 2 of 32 layers (paper), scaled with depth for other decoders."
+        None,
+        help="First edited layer, 0-based. None: 2 of 32 layers as published, scaled with depth for other decoders.",
     )
     end: int | None = setting(
         None, help="One past the last edited layer. None: all from the first one on, as released (32 of 32)."
@@ -78,7 +79,7 @@ class GuidedBoost(BoostMethod):
     """A boost that names a strength per key, with PAI's guidance by the prompt without image beside it."""
 
     gamma: float = setting(
-        1.1, help="Guidance by the prompt without image, 0 or more (paper: 1.1); 1: none, one reading per step."
+        1.1, help="Guidance by the prompt without image, 0 or more (PAI's paper: 1.1); 1: none, one reading per step."
     )
     plausibility: float = setting(
         0.1,

@@ -53,10 +53,11 @@ class HeadsGuided(BoostMethod):
 
     alpha: float = setting(0.5, help="Factor on the head mean, 0 or more (released code: 0.5).")
     start: int | None = setting(
-        None, help="First edited layer, 0-based. None: 5 of 32 layers (paper), scaled with depth for other decoders."
+        None,
+        help="First edited layer, 0-based. None: 5 of 32 layers as published, scaled with depth for other decoders.",
     )
     end: int | None = setting(
-        None, help="One past the last edited layer. None: 19 of 32 layers (5 to 18, paper), scaled alike."
+        None, help="One past the last edited layer. None: 19 of 32 layers as published (5 to 18), scaled alike."
     )
 
     def __post_init__(self) -> None:
