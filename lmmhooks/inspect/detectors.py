@@ -128,7 +128,8 @@ def top_activations(hidden: Tensor, count: int = 3) -> list[tuple[float, int, in
 
 def cosine_to_first(hidden: Tensor) -> Tensor:
     """D4: cosine similarity ``[N]`` of every position of ``hidden [N, D]`` to the first; 1 there."""
-    return torch.nn.functional.cosine_similarity(hidden, hidden[:1], dim=-1)
+    # Rounding may carry parallel vectors past 1, and out of a histogram.
+    return torch.nn.functional.cosine_similarity(hidden, hidden[:1], dim=-1).clamp(-1, 1)
 
 
 def receives(received: Tensor, seen: Tensor, factor: float, min_rows: int) -> Tensor:

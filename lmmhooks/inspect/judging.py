@@ -197,9 +197,10 @@ class Judge:
             where = tuple(number for number in deep if bool(favoured[number][position]))
             if not where or len(where) < self.criteria.magnet_layers * len(deep):
                 continue
+            if any(token.position == position for number in where for token in layers[number].sinks):
+                continue
             received = [float(self._received(self.sample.layers[number])[position]) for number in where]
-            is_sink = any(token.position == position for number in where for token in layers[number].sinks)
-            magnets.append(Magnet(position, self.texts[position], where, sum(received) / len(received), is_sink))
+            magnets.append(Magnet(position, self.texts[position], where, sum(received) / len(received)))
         return tuple(magnets)
 
     def _images(self, layers: Sequence[LayerSinks]) -> tuple[ImageNorms, ...] | None:

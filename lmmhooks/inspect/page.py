@@ -27,9 +27,9 @@ LAYER_COLUMNS = (
     "attention: system",
     "image",
     "question",
-    "of image on visual sinks",
-    "image-centric heads",
-    "largest activation",
+    "on visual sinks, of image",
+    "heads on image",
+    "top @ position, channel",
     "median",
 )
 
@@ -72,7 +72,7 @@ def _number(value: float | None, form: str) -> str:
 
 def _activation(layer: LayerSinks) -> str:
     largest = layer.top[0]
-    return f"{largest.value:.4g} (position {largest.position}, channel {largest.channel})"
+    return f"{largest.value:.4g} @ {largest.position}, {largest.channel}"
 
 
 def _charts(sample: SampleSinks) -> list[Chart]:

@@ -166,7 +166,7 @@ class ImageNorms:
 @dataclass(frozen=True)
 class Magnet:
     """
-    A text token that nearly all probe rows favour in deep layers.
+    A text token that nearly all probe rows favour in deep layers, and that is no sink there.
 
     Attributes
     ----------
@@ -176,15 +176,12 @@ class Magnet:
         Layers of the deep half in which it is one.
     received
         Mean attention it receives there.
-    is_sink
-        Whether it is also labelled as a sink in one of them.
     """
 
     position: int
     text: str | None
     layers: tuple[int, ...]
     received: float
-    is_sink: bool
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ def test_table(saved) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"--method": "vra"}, "did you mean 'var'"),
+        ({"--method": "varr"}, "did you mean 'var'"),
         ({"--method": "fastv(kep=4)"}, "did you mean 'keep'"),
         ({"--image": "nowhere.png"}, "nowhere.png"),
         ({"--prompt": "  "}, "prompt"),
