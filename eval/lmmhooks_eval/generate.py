@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import StoppingCriteriaList
@@ -14,7 +14,10 @@ from lmmhooks.errors import closest
 from lmmhooks_eval.accounting import MemoryMeter, TokenClock, kv_cache_bytes, synchronizer
 from lmmhooks_eval.errors import RecipeError
 
-__all__ = ["Answer", "BatchCost", "Generator"]
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["Answer", "BatchCost", "Generator", "padded_to_square"]
 
 
 @dataclass(frozen=True)
@@ -77,17 +80,22 @@ class Generator:
         As loaded; neither is changed.
     settings
         Image processor settings that replace its own.
+    pad_to_square
+        Pad every image to a square before the image processor sees it, see `padded_to_square`.
 
     Raises
     ------
     RecipeError
-        If the image processor knows no such setting.
+        If the image processor knows no such setting, or has no mean colour to pad with.
     """
 
-    def __init__(self, model: Any, processor: Any, settings: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, model: Any, processor: Any, settings: Mapping[str, Any] | None = None, *, pad_to_square: bool = False
+    ) -> None:
         self.model = model
         self.processor = processor
         self.settings = dict(settings or {})
+        self._padding = _mean_colour(processor.image_processor) if pad_to_square else None
         known = getattr(getattr(processor.image_processor, "valid_kwargs", None), "__annotations__", None)
         for key in self.settings:
             if known is not None and key not in known:
@@ -157,7 +165,7 @@ class Generator:
         # A template that writes the start token itself must not get a second one; apply_chat_template decides the
         # same way.
         writes_bos = tokenizer.bos_token is not None and prompts[0].startswith(tokenizer.bos_token)
-        shown = [[image.convert("RGB") for image in row] for row in images]
+        shown = [[self._shown(image) for image in row] for row in images]
         extra = {"images": shown, "images_kwargs": self.settings} if any(shown) else {}
         inputs = self.processor(
             text=list(prompts),
@@ -166,6 +174,10 @@ class Generator:
             **extra,
         )
         return inputs.to(self.model.device, dtype=self.model.dtype)
+
+    def _shown(self, image: Any) -> Any:
+        image = image.convert("RGB")
+        return image if self._padding is None else padded_to_square(image, self._padding)
 
     def _arguments(self, generation: Mapping[str, Any]) -> dict[str, Any]:
         arguments = {"pad_token_id": self._pad, **generation}
@@ -192,6 +204,34 @@ class Generator:
                 )
             )
         return answers
+
+
+def padded_to_square(image: Image, colour: tuple[int, int, int]) -> Image:
+    """
+    An RGB image in the middle of a square of one colour, as LLaVA-1.5's own pipeline shows it; a square as it is.
+
+    Where the margins cannot be equal, the one at the top or the left is a pixel narrower.
+    """
+    width, height = image.size
+    if width == height:
+        return image
+    from PIL import Image as images
+
+    side = max(width, height)
+    square = images.new("RGB", (side, side), colour)
+    square.paste(image, ((side - width) // 2, (side - height) // 2))
+    return square
+
+
+def _mean_colour(image_processor: Any) -> tuple[int, int, int]:
+    mean = getattr(image_processor, "image_mean", None)
+    if mean is None or len(mean) != 3:
+        raise RecipeError(
+            f"pad_to_square needs the image processor's mean colour, which {type(image_processor).__name__} has not; "
+            f"drop pad_to_square"
+        )
+    red, green, blue = (int(255 * value) for value in mean)
+    return red, green, blue
 
 
 def _as_set(token: int | list[int] | None) -> frozenset[int]:

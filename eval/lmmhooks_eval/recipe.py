@@ -11,14 +11,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from lmmhooks_eval.errors import RecipeError
+from lmmhooks_eval.paper import PaperFigures
 
 if TYPE_CHECKING:
     from lmmhooks.methods.base import Method
 
-__all__ = ["BASELINE", "GenerationOverrides", "Recipe", "StatisticsSettings", "TaskPlan", "refuse_twins"]
+__all__ = ["BASELINE", "DataPlan", "GenerationOverrides", "Recipe", "StatisticsSettings", "TaskPlan", "refuse_twins"]
 
 BASELINE = "baseline"
 """Name of the variant that every recipe has without listing it: the model as it is."""
@@ -46,6 +47,28 @@ class GenerationOverrides(_Strict):
         return self.model_dump(exclude_none=True)
 
 
+class DataPlan(_Strict):
+    """Where a task's documents come from, for tasks whose data are not bundled; unset: the hub dataset of the task."""
+
+    folder: str | None = Field(
+        default=None, description="Folder with the benchmark's own files, for machines without a network."
+    )
+    files: dict[str, str] = Field(
+        default_factory=dict, description="Names of files inside the folder where they differ from the official ones."
+    )
+    hub: str | None = Field(default=None, description="Dataset id, or a folder that mirrors a dataset repository.")
+    revision: str | None = Field(default=None, description="Branch, tag or commit of the hub dataset.")
+    ids: str | None = Field(
+        default=None, description="Text file with the ids of the documents to ask, one per line; unset: all."
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DataPlan:
+        if self.folder is not None and self.hub is not None:
+            raise ValueError(f"folder ({self.folder}) and hub ({self.hub}) were both given; keep one of them")
+        return self
+
+
 class TaskPlan(_Strict):
     """One task of a recipe: how much of it, in which wording, read how."""
 
@@ -56,6 +79,7 @@ class TaskPlan(_Strict):
     prompt: str | None = Field(default=None, description="Named wording; unset: the task's first.")
     parser: str | None = Field(default=None, description="Named reading of answers; unset: the task's first.")
     generation: GenerationOverrides = GenerationOverrides()
+    data: DataPlan = DataPlan()
 
 
 class StatisticsSettings(_Strict):
@@ -72,8 +96,8 @@ def _as_plan(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
 
 
-def _as_methods(value: Any) -> Any:
-    """A single method needs no list around it."""
+def _as_list(value: Any) -> Any:
+    """A single method, or a single paper, needs no list around it."""
     return [value] if isinstance(value, (str, Mapping)) else value
 
 
@@ -103,8 +127,13 @@ class Recipe(_Strict):
     processor: dict[str, bool | int | float | str] = Field(
         default_factory=dict, description="Settings of the image processor, e.g. do_pad, min_pixels, max_pixels."
     )
+    pad_to_square: bool = Field(
+        default=False,
+        description="Pad images to a square with the image processor's mean colour first, as LLaVA-1.5's own pipeline "
+        "does; its Hugging Face processor crops the centre instead.",
+    )
     tasks: list[Annotated[TaskPlan, BeforeValidator(_as_plan)]] = Field(min_length=1)
-    variants: dict[str, Annotated[list[MethodSpec], BeforeValidator(_as_methods), Field(min_length=1)]] = Field(
+    variants: dict[str, Annotated[list[MethodSpec], BeforeValidator(_as_list), Field(min_length=1)]] = Field(
         default_factory=dict, description="Name -> methods applied together, in this order."
     )
     batch_size: int = Field(default=8, ge=1, le=4096)
@@ -116,6 +145,9 @@ class Recipe(_Strict):
         default=0.5, ge=0, le=1, description="A larger share of unparsed answers fails the run."
     )
     statistics: StatisticsSettings = StatisticsSettings()
+    paper: Annotated[list[PaperFigures], BeforeValidator(_as_list)] = Field(
+        default_factory=list, description="Figures a paper prints for these tasks and variants, one block per source."
+    )
 
     @field_validator("tasks")
     @classmethod
@@ -131,6 +163,12 @@ class Recipe(_Strict):
         if BASELINE in variants:
             raise ValueError(f"{BASELINE!r} is the untouched model and always there; give this variant another name")
         return variants
+
+    @model_validator(mode="after")
+    def _papers_speak_of_this_recipe(self) -> Recipe:
+        for paper in self.paper:
+            paper.refuse_unknown([task.name for task in self.tasks], self.variants)
+        return self
 
     def methods(self) -> dict[str, tuple[Method, ...]]:
         """

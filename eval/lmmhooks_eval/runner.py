@@ -23,6 +23,7 @@ from lmmhooks_eval.effect import dense_effect, patch_effect
 from lmmhooks_eval.generate import Answer, BatchCost, Generator
 from lmmhooks_eval.identity import ModelIdentity, answer_key, item_seed
 from lmmhooks_eval.loading import load_model
+from lmmhooks_eval.paper import check_figures
 from lmmhooks_eval.plan import Item, batches, prepare, select
 from lmmhooks_eval.progress import RunProgress
 from lmmhooks_eval.recipe import Recipe, TaskPlan, refuse_twins
@@ -30,7 +31,7 @@ from lmmhooks_eval.score import Tally
 from lmmhooks_eval.selftest import self_test
 from lmmhooks_eval.store import ENVIRONMENT, Record, RunFolder
 from lmmhooks_eval.task import Task
-from lmmhooks_eval.tasks import get_task
+from lmmhooks_eval.tasks import open_task
 
 if TYPE_CHECKING:
     from lmmhooks.methods.base import Method
@@ -66,9 +67,10 @@ def run(recipe: Recipe, out: Path, *, resume: bool = False, progress: RunProgres
         If the run cannot go on; answers so far are on disk.
     """
     methods = recipe.methods()
-    plans = [(plan, get_task(plan.name)) for plan in recipe.tasks]
+    plans = [(plan, open_task(plan)) for plan in recipe.tasks]
     for plan, task in plans:
         task.check(plan.prompt, plan.parser)
+    check_figures(recipe.paper, {task.name: task for _, task in plans})
     with RunFolder(out, recipe.expanded(), resume=resume) as folder:
         model, processor = load_model(recipe)
         runner = Runner(recipe, methods, model, processor, folder, progress or RunProgress())
@@ -118,12 +120,13 @@ class Runner:
         self.processor = processor
         self.folder = folder
         self.progress = progress
-        self.generator = Generator(model, processor, recipe.processor)
+        self.generator = Generator(model, processor, recipe.processor, pad_to_square=recipe.pad_to_square)
         self.identity = ModelIdentity.of(
             recipe.model,
             model,
             processor,
-            settings=recipe.processor,
+            # Absent unless used, so that answers of runs without it keep their keys.
+            settings={**recipe.processor, **({"pad_to_square": True} if recipe.pad_to_square else {})},
             system=recipe.system,
             quantization=recipe.quantization,
         )

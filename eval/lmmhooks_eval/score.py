@@ -17,11 +17,12 @@ import numpy as np
 
 from lmmhooks_eval import stats
 from lmmhooks_eval.costs import summarise
+from lmmhooks_eval.paper import check_figures, comparison
 from lmmhooks_eval.recipe import BASELINE, Recipe, StatisticsSettings, TaskPlan
 from lmmhooks_eval.recipes import build
 from lmmhooks_eval.store import METRICS, Record, read_config, read_samples, write_atomically
 from lmmhooks_eval.task import Metric, Task
-from lmmhooks_eval.tasks import get_task
+from lmmhooks_eval.tasks import open_task
 
 __all__ = ["Scored", "Tally", "compare", "score_run", "scored_answers"]
 
@@ -150,15 +151,20 @@ def score_run(path: Path, *, write: bool = True) -> dict[str, Any]:
     """
     recipe = build(read_config(path), str(path / "config.yaml"))
     records = read_samples(path)
+    opened = {plan.name: open_task(plan) for plan in recipe.tasks}
+    check_figures(recipe.paper, opened)
     tasks: dict[str, Any] = {}
     problems: list[str] = []
     for plan in recipe.tasks:
-        task = get_task(plan.name)
-        tasks[task.name] = _score_task(recipe, plan, task, records, problems)
+        task = opened[plan.name]
+        scored = _score_task(recipe, plan, task, records, problems)
+        scored["paper"] = comparison(recipe.paper, recipe.model, task, scored["variants"])
+        tasks[task.name] = scored
     family = _correct(tasks)
     metrics = {
         "recipe": recipe.name,
         "model": recipe.model,
+        "papers": [paper.model_dump(exclude={"results"}) for paper in recipe.paper],
         "statistics": {**recipe.statistics.model_dump(), "correction": "holm", "family_size": family},
         "tasks": tasks,
         "problems": problems,

@@ -28,8 +28,8 @@ CONFIG, SAMPLES, METRICS, ENVIRONMENT, REPORT = (
     "config.yaml", "samples.jsonl", "metrics.json", "env.json", "report.html",
 )  # fmt: skip
 
-# What may differ between the beginning of a run and its continuation: neither changes any answer.
-_FREE_TO_CHANGE = frozenset({"batch_size", "description", "max_unparsed", "statistics"})
+# What may differ between the beginning of a run and its continuation: none of it changes an answer.
+_FREE_TO_CHANGE = frozenset({"batch_size", "description", "max_unparsed", "paper", "statistics"})
 
 Record = dict[str, Any]
 

@@ -20,6 +20,8 @@ from lmmhooks_eval.errors import TaskError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from lmmhooks_eval.recipe import DataPlan
+
 __all__ = ["Doc", "Metric", "Parsed", "Source", "Task", "Totals"]
 
 Doc = Mapping[str, Any]
@@ -138,6 +140,9 @@ class Task:
         Documents of the same form that are no part of the benchmark, for settings that `lmmhooks calibrate` measures;
         None if there are none. Those that carry the fields ``value`` and ``h_value``, a true answer and one with
         invented objects, are demonstrations too.
+    at
+        The same task on data elsewhere (a folder, another hub id); reads nothing yet. None for bundled data, which have
+        one place.
     """
 
     name: str
@@ -157,6 +162,7 @@ class Task:
     cluster: Callable[[Doc], str] = _doc_id
     stratum: Callable[[Doc], str] = _no_stratum
     calibration: Callable[[], Sequence[Doc]] | None = None
+    at: Callable[[DataPlan], Task] | None = None
 
     @property
     def primary(self) -> Metric:

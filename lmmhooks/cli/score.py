@@ -25,11 +25,12 @@ def score(
         print_json(metrics)
     else:
         from lmmhooks_eval.report.console import rich_table
-        from lmmhooks_eval.report.tables import headline, metrics_table
+        from lmmhooks_eval.report.tables import headline, metrics_table, paper_table
 
         for name, task in metrics["tasks"].items():
-            for table in (headline(name, task), metrics_table(name, task)):
-                console().print(rich_table(table))
+            for table in (headline(name, task), paper_table(name, task), metrics_table(name, task)):
+                if table is not None:
+                    console().print(rich_table(table))
     for problem in metrics["problems"]:
         note(f"error: {problem}")
     if metrics["problems"]:

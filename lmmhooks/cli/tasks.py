@@ -25,7 +25,13 @@ def tasks(
 
     if name is not None:
         task = get_task(name)
-        details = {**_summary(task), "source": asdict(task.source()), "documents": len(task.load())}
+        bundled = task.at is None
+        details = {
+            **_summary(task),
+            # Counting the documents of other data would mean to download them.
+            "source": asdict(task.source()),
+            "documents": len(task.load()) if bundled else None,
+        }
         if json:
             print_json(details)
         else:
@@ -56,6 +62,8 @@ def _summary(task: Task) -> dict[str, Any]:
 
 
 def _shown(value: Any) -> str:
+    if value is None:
+        return "known once a run has read them"
     if isinstance(value, dict):
         return "\n".join(f"{key}: {item!r}" if "\n" in str(item) else f"{key}: {item}" for key, item in value.items())
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -10,14 +10,30 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from lmmhooks_eval.metrics.ratio import ratio
 from lmmhooks_eval.task import Metric, Parsed
 
-__all__ = ["PARSERS", "aggregate", "is_yes_or_no", "metrics", "official", "opera", "score", "strict", "vlmevalkit"]
+__all__ = [
+    "PARSERS",
+    "POPE_SPLITS",
+    "aggregate",
+    "is_yes_or_no",
+    "metrics",
+    "official",
+    "opera",
+    "pope_aggregate",
+    "pope_score",
+    "score",
+    "strict",
+    "vlmevalkit",
+]
+
+POPE_SPLITS = ("random", "popular", "adversarial")
+"""How negatives are drawn: evenly, by frequency, by co-occurrence with what is in the picture."""
 
 Verdict = Literal["yes", "no"]
 _PLAIN = re.compile(r"(yes|no)\b", re.IGNORECASE)
@@ -148,3 +164,13 @@ def aggregate(totals: Mapping[str, np.ndarray], splits: Sequence[str]) -> dict[s
         name: ratio(sum((result[f"{split}/{name}"] for split in splits), start=zero), present) for name, _ in _PER_SPLIT
     }
     return means | result
+
+
+def pope_score(verdict: Verdict | None, doc: Mapping[str, Any]) -> dict[str, float]:
+    """`score` of a document that has a ``label`` and a ``split``."""
+    return score(verdict, doc["label"], doc["split"])
+
+
+def pope_aggregate(totals: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """`aggregate` over POPE's three splits."""
+    return aggregate(totals, POPE_SPLITS)

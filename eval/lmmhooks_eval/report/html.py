@@ -12,8 +12,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from lmmhooks_eval.environment import now
+from lmmhooks_eval.errors import TaskError
 from lmmhooks_eval.report.plots import cost_quality_plot, difference_plot
-from lmmhooks_eval.report.tables import cost_table, headline, metrics_table, notes
+from lmmhooks_eval.report.tables import cost_table, headline, metrics_table, notes, paper_table
 from lmmhooks_eval.report.view import Example, RunView
 from lmmhooks_eval.store import write_atomically
 
@@ -48,6 +49,7 @@ def _run(view: RunView) -> dict[str, Any]:
             {
                 "name": name,
                 "headline": headline(name, task),
+                "paper": paper_table(name, task),
                 "metrics": metrics_table(name, task),
                 "cost": cost_table(name, task),
                 "plots": _plots(f"{view.path}/{name}", task),
@@ -84,10 +86,10 @@ def _example(example: Example) -> dict[str, Any]:
 
 
 def _inline_images(example: Example) -> list[str]:
-    """Data URIs; none where the file is gone since the run, which leaves the texts of the example."""
+    """Data URIs; none where the data are gone since the run, which leaves the texts of the example."""
     try:
         images = [image.convert("RGB") for image in example.task.images(example.doc)]
-    except OSError:
+    except (OSError, TaskError):
         return []
     result = []
     for image in images:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from lmmhooks_eval.recipe import BASELINE
 
-__all__ = ["Cell", "Table", "cost_table", "headline", "metrics_table", "notes"]
+__all__ = ["Cell", "Table", "cost_table", "headline", "metrics_table", "notes", "paper_table"]
 
 Tone = Literal["", "good", "bad"]
 NOTHING = "-"
@@ -87,6 +87,35 @@ def metrics_table(name: str, task: Mapping[str, Any]) -> Table:
     return Table(f"{name}: all metrics", ["metric", *task["variants"]], rows)
 
 
+def paper_table(name: str, task: Mapping[str, Any]) -> Table | None:
+    """What papers print beside what was measured here; None if the recipe gives no figures for this task and model."""
+    if not task.get("paper"):
+        return None
+    rows = []
+    for row in task["paper"]:
+        metric, reproduced = row["metric"], row["reproduced"]
+        shown = {
+            key: Cell(NOTHING if row[key] is None else _number(row[key], task, metric, sign))
+            for key, sign in (("paper", ""), ("difference", "+"), ("paper_gain", "+"))
+        }
+        ours = None if row["ours"] is None else {"value": row["ours"], "interval": row["interval"]}
+        gain = None if row["gain"] is None else {"difference": row["gain"], "difference_interval": row["gain_interval"]}
+        rows.append(
+            [
+                Cell(f"{row['variant']}, {_label(task, metric)}"),
+                shown["paper"],
+                _value(ours, task, metric),
+                shown["difference"],
+                shown["paper_gain"],
+                Cell(NOTHING) if gain is None else _difference(gain, task, metric),
+                Cell(NOTHING if reproduced is None else "yes" if reproduced else "no"),
+                Cell(row["source"]),
+            ]
+        )
+    columns = ["figure", "paper", "ours", "ours - paper", "paper's gain", "our gain", "paper's gain in our interval"]
+    return Table(f"{name}: the paper's figures", [*columns, "printed in"], rows)
+
+
 def cost_table(name: str, task: Mapping[str, Any]) -> Table:
     """Tokens, times, memory and the ratios to the baseline, theoretical beside measured."""
     rows = []
@@ -137,6 +166,11 @@ def notes(metrics: Mapping[str, Any]) -> list[str]:
         f"p: exact McNemar test (paired t-test for fractional scores), Holm-corrected over the "
         f"{statistics['family_size']} comparisons of this run.",
     ]
+    for paper in metrics.get("papers", []):
+        if paper["model"] != metrics["model"]:
+            lines.append(f"Figures of {paper['source']} are for {paper['model']} and are not compared with this model.")
+        elif paper["notes"]:
+            lines.append(f"{paper['source']}: {paper['notes']}")
     for name, task in metrics["tasks"].items():
         clusters = min((figures.get("clusters", 0) for figures in task["variants"].values()), default=0)
         if 0 < clusters < _FEW_CLUSTERS:

@@ -13,7 +13,7 @@ from lmmhooks_eval.recipes import build
 from lmmhooks_eval.score import Scored, score_run, scored_answers
 from lmmhooks_eval.store import CONFIG, ENVIRONMENT, read_config, read_samples
 from lmmhooks_eval.task import Task
-from lmmhooks_eval.tasks import get_task
+from lmmhooks_eval.tasks import open_task
 
 __all__ = ["Example", "RunView", "load_view"]
 
@@ -96,7 +96,7 @@ def load_view(path: Path) -> RunView:
     records = read_samples(path)
     examples: list[Example] = []
     for plan in recipe.tasks:
-        task = get_task(plan.name)
+        task = open_task(plan)
         answers = scored_answers(records, plan, task)
         for variant, figures in metrics["tasks"][plan.name]["variants"].items():
             if variant != BASELINE and "flips" in figures:

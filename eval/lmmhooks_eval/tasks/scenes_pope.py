@@ -8,28 +8,13 @@ parser, metrics per split and their means.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-import numpy as np
-
 from lmmhooks_eval.metrics import yesno
-from lmmhooks_eval.task import Doc, Task, Totals
+from lmmhooks_eval.task import Task
 from lmmhooks_eval.tasks import scenes
 
 __all__ = ["TASK"]
 
 _FILE = "scenes_pope.jsonl"
-_SPLITS = ("random", "popular", "adversarial")
-
-
-def _score(verdict: Any, doc: Doc) -> Mapping[str, float]:
-    return yesno.score(verdict, doc["label"], doc["split"])
-
-
-def _aggregate(totals: Totals) -> Mapping[str, np.ndarray]:
-    return yesno.aggregate(totals, _SPLITS)
-
 
 TASK = Task(
     name="scenes-pope",
@@ -43,9 +28,9 @@ TASK = Task(
     # models.
     prompts={"bare": "{question}", "llava": "{question}\nAnswer the question using a single word or phrase."},
     parsers=yesno.PARSERS,
-    score=_score,
-    aggregate=_aggregate,
-    metrics=yesno.metrics(_SPLITS),
+    score=yesno.pope_score,
+    aggregate=yesno.pope_aggregate,
+    metrics=yesno.metrics(yesno.POPE_SPLITS),
     item_score="correct",
     generation={"max_new_tokens": 4, "do_sample": False},
     cluster=scenes.image_cluster,
