@@ -29,12 +29,19 @@ if TYPE_CHECKING:
 
 __all__ = ["Var", "image_centric", "redistribute"]
 
-#: Channels of massive activations. Source: released code (Llama-2 backbones), paper appendix (Qwen2-VL, InternVL2).
+#: Channels of massive activations by family, width and depth: of Llama-2 in the released code, of Qwen2-VL in the paper.
 SINK_DIMS: dict[tuple[str, int, int], tuple[int, ...]] = {
     ("llava", 4096, 32): (1415, 2533),
     ("llava", 5120, 40): (2100, 4743),
     ("llava_next", 5120, 40): (2100, 4743),
     ("qwen2_vl", 3584, 28): (458, 2570),
+}
+#: Key heads of those decoders. Others of the same width and depth (Llama-3, Mistral) have channels of their own.
+KEY_HEADS = {
+    ("llava", 4096, 32): 32,
+    ("llava", 5120, 40): 40,
+    ("llava_next", 5120, 40): 40,
+    ("qwen2_vl", 3584, 28): 4,
 }
 
 
@@ -157,8 +164,8 @@ class Var(AttentionMethod):
 
     @classmethod
     def defaults_for(cls, family: Any) -> dict[str, Any]:
-        dims = SINK_DIMS.get((family.name, family.hidden_size, family.num_layers))
-        return {} if dims is None else {"sink_dims": dims}
+        key = (family.name, family.hidden_size, family.num_layers)
+        return {"sink_dims": SINK_DIMS[key]} if KEY_HEADS.get(key) == family.num_kv_heads else {}
 
     def check(self, family: Any) -> None:
         if isinstance(self.sink_dims, tuple):
