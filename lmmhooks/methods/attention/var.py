@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Var", "image_centric", "redistribute"]
 
-#: Channels of massive activations by family, width and depth: of Llama-2 in the released code, of Qwen2-VL in the paper.
+#: Channels of massive activations by family, width and depth. Source: released code; for Qwen2-VL the paper.
 SINK_DIMS: dict[tuple[str, int, int], tuple[int, ...]] = {
     ("llava", 4096, 32): (1415, 2533),
     ("llava", 5120, 40): (2100, 4743),
