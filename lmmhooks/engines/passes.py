@@ -145,11 +145,11 @@ class PlainPasses:
         family = self.runtime.family
         arguments = self._with_image() if image else self.text_only
         handles = []
-        for layer, show in (inputs or {}).items():
-            handles.append(family.layers[layer].register_forward_pre_hook(_shown(show), with_kwargs=True))
-        if through is not None:
-            handles.append(family.layers[through].register_forward_hook(_stop))
         try:
+            for layer, show in (inputs or {}).items():
+                handles.append(family.layers[layer].register_forward_pre_hook(_shown(show), with_kwargs=True))
+            if through is not None:
+                handles.append(family.layers[through].register_forward_hook(_stop))
             with self.silent(listeners or {}), torch.no_grad():
                 return family.text_model(**arguments)
         except _Enough:
