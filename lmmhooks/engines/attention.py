@@ -63,7 +63,9 @@ class AttentionEngine:
         for probe in decoder_probes:
             self.readers[probe.layer].append(RowReader(probe.rows, _without_rows(probe.receive)))
         for seen in vision_probes:
-            self.vision_probes[seen.layer].append(seen)
+            # A reducer and an attention method may ask for the same signal.
+            if seen not in self.vision_probes[seen.layer]:
+                self.vision_probes[seen.layer].append(seen)
 
     def attach(self, attachments: Attachments) -> None:
         """Hook everything the methods and probes need; nothing else is touched."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,21 @@ if TYPE_CHECKING:
     from lmmhooks.engines.runtime import Runtime
 
 __all__ = ["Readings", "place"]
+
+
+@dataclass(frozen=True)
+class _PatchListener:
+    """
+    Notes what a vision probe reads in the encoder call that is under way.
+
+    Equal for one signal whoever asks for it: the engine listens once, or everything would be noted twice.
+    """
+
+    runtime: Runtime
+    name: str
+
+    def __call__(self, attention: Tensor) -> None:
+        self.runtime.readings.setdefault(self.name, []).append(attention.mean(dim=1))
 
 
 class Readings:
@@ -42,7 +58,7 @@ class Readings:
                 self.decoder_probes.append(DecoderProbe(probe.layer, probe.rows, hear))
             else:
                 kind = probe.signal.removeprefix("vision_")
-                self.vision_probes.append(VisionProbe(probe.layer, kind, partial(self._hear_patches, probe.name)))
+                self.vision_probes.append(VisionProbe(probe.layer, kind, _PatchListener(runtime, probe.name)))
 
     def values(self, probe: Probe, state: PromptState, stage: Stage) -> Tensor:
         """
@@ -91,9 +107,6 @@ class Readings:
         memory = state.memory(self)
         before, count = memory.get(name, (0, 0))
         memory[name] = before + total, count + members.sum(dim=1)
-
-    def _hear_patches(self, name: str, attention: Tensor) -> None:
-        self.runtime.readings.setdefault(name, []).append(attention.mean(dim=1))
 
     def _vision(self, name: str, state: PromptState) -> Tensor:
         memory = state.memory(self)

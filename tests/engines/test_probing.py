@@ -6,10 +6,11 @@ import pytest
 import torch
 
 import lmmhooks
-from lmmhooks.engines.probing import place
+from lmmhooks.engines.probing import Readings, place
 from lmmhooks.engines.state import select_rows
 from lmmhooks.family import resolve
 from lmmhooks.layout import build_layout
+from lmmhooks.methods.attention.fix_imbalance import FixImbalance
 from tests.zoo import FAMILIES, build, encode
 
 
@@ -56,3 +57,28 @@ def test_a_layer_without_output_projection_is_refused():
     layer.SelfAttention = type("SelfAttention", (torch.nn.Module,), {})()
     with pytest.raises(lmmhooks.ModelError, match="has no output projection"):
         lmmhooks.Family.output_projection_of(layer)
+
+
+@pytest.mark.parametrize("family", ["llava", "internvl", "llava_next", "qwen2_vl"])
+def test_a_signal_that_two_kinds_of_method_want_is_read_once(family, monkeypatch):
+    """Noted twice it would be twice as long, and the scores of one image those of another."""
+    zoo = build(family)
+    inputs = zoo.inputs(batch=2, images=[2, 1])
+    feature = resolve(zoo.model).feature_layer
+    seen: list[tuple[str, torch.Tensor]] = []
+    values = Readings.values
+
+    def noting(self, probe, state, stage):
+        seen.append((probe.name, values(self, probe, state, state.stages[0])))
+        return values(self, probe, state, stage)
+
+    monkeypatch.setattr(Readings, "values", noting)
+    method = FixImbalance(gamma=1.0, global_layer=feature)
+    for spec in ([method], ["fastervlm(keep=3)", method], [method, "fastervlm(keep=3)"]):
+        with torch.no_grad(), lmmhooks.wrap(zoo.model, *spec):
+            zoo.model(**inputs)
+    (name, alone), *others = [entry for entry in seen if entry[0].endswith(f"[{feature}]")]
+    assert len(others) == 4, "the method and the reducer, twice"
+    for other, reading in others:
+        assert other == name
+        torch.testing.assert_close(reading, alone, equal_nan=True)
