@@ -48,12 +48,12 @@ def plant_text(zoo: Zoo, *, first: bool = True, magnet: bool = False, pull: floa
         table = text.embed_tokens.weight
         usual = float(table.std())
         table[:, reserved] = 0
-        table[:, CONSTANT] = 2 * usual
+        table[:, CONSTANT] = 4 * usual
         if first:
             table[BOS] = 0.01 * table[BOS]
             table[BOS, MASSIVE[0]], table[BOS, MASSIVE[1]] = SIZE, -0.75 * SIZE
         if magnet:
-            table[MAGNET, MAGNET_CHANNEL] = 2 * usual
+            table[MAGNET, MAGNET_CHANNEL] = 4 * usual
         for layer in text.layers:
             attention = layer.self_attn
             attention.o_proj.weight[reserved] = 0
@@ -121,7 +121,7 @@ def plant_vision(
         reserved_text = [*MASSIVE, CONSTANT, MAGNET_CHANNEL]
         projector.linear_2.weight[reserved_text] = 0
         projector.linear_2.bias[reserved_text] = 0
-        projector.linear_2.bias[CONSTANT] = 2 * core.language_model.embed_tokens.weight[BOS + 1 :].std()
+        projector.linear_2.bias[CONSTANT] = 4 * core.language_model.embed_tokens.weight[BOS + 1 :].std()
         projector.linear_2.weight[:, :2] = 0
         for unit, gain in ((0, 1.0), (1, 100.0)):
             projector.linear_2.weight[MASSIVE[0], unit] = gain
