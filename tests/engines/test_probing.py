@@ -59,7 +59,7 @@ def test_a_layer_without_output_projection_is_refused():
         lmmhooks.Family.output_projection_of(layer)
 
 
-@pytest.mark.parametrize("family", ["llava", "internvl", "llava_next", "qwen2_vl"])
+@pytest.mark.parametrize("family", ["internvl", "llava_next", "qwen2_vl"])
 def test_a_signal_that_two_kinds_of_method_want_is_read_once(family, monkeypatch):
     """Noted twice it would be twice as long, and the scores of one image those of another."""
     zoo = build(family)
