@@ -96,6 +96,7 @@ def write_record(record: Record, path: Path) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     data = record.plain()
+    replaced = set(path.parent.glob(f"{path.stem}-*.safetensors"))
     if isinstance(record.value, TensorSet):
         from safetensors.torch import save_file
 
@@ -103,8 +104,11 @@ def write_record(record: Record, path: Path) -> None:
         tensors = path.with_name(f"{path.stem}-{record.value.digest[:12]}.safetensors")
         _replace(tensors, lambda file: save_file({k: v.contiguous() for k, v in record.value.items()}, file))
         data["value"] = {"file": tensors.name, **data["value"]}
+        replaced.discard(tensors)
     text = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     _replace(path, lambda file: file.write_text(text, encoding="utf-8"))
+    for tensors in replaced:
+        tensors.unlink(missing_ok=True)
 
 
 def read_record(path: Path) -> Record:

@@ -6,7 +6,19 @@ import subprocess
 import sys
 import time
 
-CONTRACT = ("run", "compare", "bench", "score", "report", "methods", "families", "tasks", "recipes", "doctor")
+CONTRACT = (
+    "run",
+    "compare",
+    "bench",
+    "calibrate",
+    "score",
+    "report",
+    "methods",
+    "families",
+    "tasks",
+    "recipes",
+    "doctor",
+)
 
 PROBE = """
 import sys

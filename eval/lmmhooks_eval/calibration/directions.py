@@ -68,6 +68,8 @@ class DirectionEstimate:
             if getattr(self, name) < 1:
                 raise TaskError(f"{name}={getattr(self, name)} is not allowed; it must be at least 1")
         get_task(self.task)
+        if self.demos is not None and not Path(self.demos).expanduser().is_file():
+            raise TaskError(f"demonstrations {self.demos} do not exist; give a JSON-lines file")
 
     def measure(
         self, method: Method, generator: Generator, journal: Path, progress: RunProgress
