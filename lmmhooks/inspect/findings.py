@@ -21,6 +21,7 @@ def describe(sample: SampleSinks, attention_judged: bool) -> tuple[str, ...]:
         Whether any key is seen by enough probe rows for its attention to count.
     """
     found = [_text_sinks(sample), _visual_sinks(sample), _outliers(sample), _disagreement(sample), _magnets(sample)]
+    found.append(_single_heads(sample))
     if not attention_judged:
         found.append(
             f"attention is no evidence here: {sample.probe_rows} probe rows are too few; ask a longer question, or "
@@ -100,6 +101,15 @@ def _magnets(sample: SampleSinks) -> str:
         return "no stop-word magnets"
     names = [repr(magnet.text) if magnet.text is not None else str(magnet.position) for magnet in sample.magnets]
     return f"stop-word magnets: {', '.join(names)}"
+
+
+def _single_heads(sample: SampleSinks) -> str:
+    """Sinks of a few heads do not show in the mean over heads."""
+    if not sample.head_received:
+        return "no head concentrates on one key"
+    strongest = sorted(sample.head_received.items(), key=lambda item: -item[1])[:3]
+    named = ", ".join(f"position {position} in {share:.1%} of all heads" for position, share in strongest)
+    return f"keys that single heads concentrate on: {len(sample.head_received)} (most: {named})"
 
 
 def _positions(sample: SampleSinks, wanted: Callable[[SinkToken], bool]) -> dict[int, tuple[SinkToken, list[int]]]:

@@ -9,6 +9,7 @@ import time
 CONTRACT = (
     "run",
     "compare",
+    "inspect",
     "bench",
     "calibrate",
     "score",

@@ -7,12 +7,14 @@ import pathlib
 
 import pytest
 import torch
+from transformers import BatchFeature
 
 import lmmhooks
 from lmmhooks.engines.runtime import Runtime
 from lmmhooks.engines.sinks import discover_sink_dims, sink_channels
 from lmmhooks.family import resolve
 from lmmhooks.methods.attention.var import Var
+from tests.planted import plant_text, plant_vision, planted
 from tests.zoo import BOS, build
 
 PLANTED = (11, 40)
@@ -96,3 +98,57 @@ def test_found_channels_are_cached_by_checkpoint_and_used(sunk, tmp_path, monkey
     file.write_text(json.dumps(record))
     with lmmhooks.wrap(sunk, "var") as patch:
         assert patch.methods[0].sink_dims == (3,), "the stored result is used"
+
+
+class Prompts:
+    """Stands in for a processor: prompts of a zoo model, with an image where one is given."""
+
+    chat_template = "none"
+
+    def __init__(self, zoo):
+        self.zoo, self.asked = zoo, 0
+
+    def apply_chat_template(self, messages, **kwargs):
+        return messages[0]["content"][-1]["text"]
+
+    def __call__(self, images, text, return_tensors):
+        self.asked += 1
+        return BatchFeature(self.zoo.inputs(images=len(images or ()), text=20, seed=self.asked))
+
+
+def test_channels_that_come_with_the_image_are_kept_apart():
+    zoo = planted(silent=[1, 4, 6, 9, 11, 14])
+    found = discover_sink_dims(Runtime(resolve(zoo.model)), Prompts(zoo))
+    assert set(found.dims) == {11, 40}
+    assert found.visual_dims == ()
+    assert found.evidence["images"] == 4
+    # Without the sink of the first token the same channels stand out only where the projector wrote them.
+    zoo = plant_vision(plant_text(build("llava", layers=6), first=False), silent=[1, 4, 6, 9, 11, 14])
+    found = discover_sink_dims(Runtime(resolve(zoo.model)), Prompts(zoo))
+    assert found.dims == ()
+    assert set(found.visual_dims) == {11, 40}, found.evidence
+
+
+def test_channels_of_one_image_alone_are_not_found():
+    zoo = plant_vision(plant_text(build("llava", layers=6), first=False), silent=[1, 4, 6, 9, 11, 14])
+    processor = Prompts(zoo)
+    once = zoo.model.model.multi_modal_projector
+    # The massive unit fires for the first image only: what a second image does not repeat is no property of the model.
+    seen = []
+
+    def silence(module, args, output):
+        seen.append(1)
+        return output if len(seen) == 1 else output.index_fill(-1, torch.tensor([11, 40]), 0.0)
+
+    handle = once.register_forward_hook(silence)
+    found = discover_sink_dims(Runtime(resolve(zoo.model)), processor)
+    handle.remove()
+    assert len(seen) == 4
+    assert found.dims == found.visual_dims == ()
+    assert {row["image_share"] for row in found.evidence["candidates"] if row["channel"] in (11, 40)} == {0.25}
+
+
+def test_models_with_normed_queries_are_judged_by_ratios_only():
+    plain, normed = build("qwen2_5_vl", layers=6), build("qwen3_vl", layers=6)
+    for zoo, expected in ((plain, False), (normed, True)):
+        assert discover_sink_dims(Runtime(resolve(zoo.model))).evidence["ratios_only"] is expected
