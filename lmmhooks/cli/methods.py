@@ -59,6 +59,9 @@ def _print_method(details: dict[str, Any]) -> None:
             for key, each in details["settings"].items()
         ]
         print_table(["setting", "default", "meaning"], rows)
+    for key, moment in details["measured_on_the_checkpoint"].items():
+        how = "when a model is wrapped" if moment == "wrap" else f"with `lmmhooks calibrate {details['id']}`"
+        out.print(f"measured on the checkpoint: {key}, {how}", markup=False)
     for preset, values in details["presets"].items():
         given = ", ".join(f"{key}={value!r}" for key, value in values.items())
         out.print(f"preset {preset}: {given}", markup=False)

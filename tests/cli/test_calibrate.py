@@ -65,3 +65,14 @@ def test_bad_input_is_one_line(arguments, message):
     assert done.status == 2
     assert message in done.err
     assert done.err.strip().splitlines()[-1].startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    ("method", "line"),
+    [
+        ("act", "measured on the checkpoint: heads, with `lmmhooks calibrate act`"),
+        ("var", "measured on the checkpoint: sink_dims, when a model is wrapped"),
+    ],
+)
+def test_the_listing_says_what_is_measured_and_when(method, line):
+    assert line in invoke("methods", method).out
