@@ -10,8 +10,9 @@ import yaml
 from lmmhooks.errors import MethodError
 from lmmhooks_eval import recipes
 from lmmhooks_eval.errors import RecipeError
-from lmmhooks_eval.recipe import Recipe
-from lmmhooks_eval.tasks import get_task
+from lmmhooks_eval.paper import PaperFigures, check_figures
+from lmmhooks_eval.recipe import DataPlan, Recipe, TaskPlan
+from lmmhooks_eval.tasks import open_task
 
 MINIMAL = {"name": "r", "model": "tiny-llava", "tasks": ["scenes-pope"]}
 
@@ -59,6 +60,14 @@ def test_expanded_recipe_is_a_recipe_with_every_setting() -> None:
         ({"tasks": ["scenes-pope", "scenes-pope"]}, ["each task may be listed once"]),
         ({"tasks": []}, ["tasks", "at least 1 item"]),
         ({"name": "a/b"}, ["name", "got 'a/b'"]),
+        (
+            {"tasks": [{"name": "pope", "data": {"foldr": "x"}}]},
+            ["'tasks.0.data.foldr'", "did you mean 'folder'?"],
+        ),
+        (
+            {"tasks": [{"name": "pope", "data": {"folder": "x", "hub": "y"}}]},
+            ["tasks.0.data", "folder (x) and hub (y) were both given"],
+        ),
     ],
 )
 def test_errors_are_one_line_with_place_and_remedy(change: dict[str, object], parts: list[str]) -> None:
@@ -139,18 +148,26 @@ def test_an_unknown_recipe_suggests_the_nearest() -> None:
 
 
 @pytest.mark.parametrize("name", list(recipes.shipped()))
-def test_shipped_recipes_name_tasks_and_methods_that_exist(name: str) -> None:
+def test_shipped_recipes_name_tasks_methods_and_metrics_that_exist(name: str) -> None:
     recipe = recipes.load(name)
-    assert recipe.name == name
+    assert recipe.name == name.rsplit("/", 1)[-1]
     assert recipe.description
     assert set(recipe.methods()) == {"baseline", *recipe.variants}
+    tasks = {plan.name: open_task(plan) for plan in recipe.tasks}
     for plan in recipe.tasks:
-        get_task(plan.name).check(plan.prompt, plan.parser)
+        tasks[plan.name].check(plan.prompt, plan.parser)
+    check_figures(recipe.paper, tasks)
+    for paper in recipe.paper:
+        assert paper.model == recipe.model, "figures that would never be compared"
+
+
+def test_names_of_shipped_recipes_differ_so_that_run_folders_do() -> None:
+    names = [recipes.load(name).name for name in recipes.shipped()]
+    assert len(set(names)) == len(names)
 
 
 def test_every_field_says_what_it_is() -> None:
-    undocumented = [
-        name for name, field in Recipe.model_fields.items()
-        if not field.description and name not in {"description", "dtype", "tasks", "batch_size", "statistics"}
-    ]  # fmt: skip
-    assert undocumented == []
+    plain = {"description", "dtype", "tasks", "batch_size", "statistics", "name", "generation", "data"}
+    for schema in (Recipe, TaskPlan, DataPlan, PaperFigures):
+        undocumented = [name for name, field in schema.model_fields.items() if not field.description]
+        assert set(undocumented) <= plain, schema.__name__

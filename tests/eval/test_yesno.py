@@ -49,7 +49,25 @@ def test_variants_differ_where_the_sheet_says(text: str, strict: str, opera: str
     ("text", "clean"), [("Yes", True), ("no, there", True), ("Nope", False), ("", False), ("\nNo", True)]
 )
 def test_unparsed_answers_are_flagged_whatever_the_parser(text: str, clean: bool) -> None:
-    assert {parse(text, {}).clean for parse in yesno.PARSERS.values()} == {clean}
+    assert {parse(text, {"label": "yes"}).clean for parse in yesno.PARSERS.values()} == {clean}
+
+
+@pytest.mark.parametrize(
+    ("text", "label", "verdict"),
+    [
+        ("Yes.", "yes", "yes"),
+        ("Yes.", "no", "yes"),
+        ("No", "no", "no"),
+        ("No", "yes", "no"),
+        ("Yes or no", "yes", "yes"),
+        ("Yes or no", "no", "no"),
+        ("I know", "no", "no"),
+        ("", "yes", "no"),
+        ("", "no", "yes"),
+    ],
+)
+def test_the_rule_that_looks_at_the_label(text: str, label: str, verdict: str) -> None:
+    assert yesno.PARSERS["vcd"](text, {"label": label}).value == verdict
 
 
 def _totals(rows: list[tuple[str | None, str, str]]) -> dict[str, np.ndarray]:

@@ -76,8 +76,10 @@ def test_contents(wheel) -> None:
         "lmmhooks_eval/tiny/data/scenes_pope.jsonl",
     ):
         assert needed in names, needed
-    shipped = {Path(name).name for name in names if name.startswith("lmmhooks_eval/recipes/")}
-    assert shipped == {path.name for path in (ROOT / "recipes").rglob("*.yaml")}
+    folder, checkout = "lmmhooks_eval/recipes/", ROOT / "recipes"
+    shipped = {name.removeprefix(folder) for name in names if name.startswith(folder)}
+    assert shipped == {path.relative_to(checkout).as_posix() for path in checkout.rglob("*.yaml")}
+    assert any(name.startswith("reproduce/offline/") for name in shipped)
     tops = {name.split("/")[0] for name in names}
     assert tops == {"lmmhooks", "lmmhooks_eval", *(top for top in tops if top.endswith(".dist-info"))}
     assert any(name.endswith("licenses/LICENSE") for name in names)
@@ -88,7 +90,7 @@ def test_contents(wheel) -> None:
 def test_recipes_are_found(installed, tmp_path) -> None:
     done = run(installed / "lmmhooks", "recipes", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "quickstart" in json.loads(done.stdout)
+    assert {"quickstart", "reproduce/vista-llava-1.5-7b-chair"} <= json.loads(done.stdout).keys()
 
 
 def test_quickstart_runs_from_another_folder(installed, tmp_path) -> None:

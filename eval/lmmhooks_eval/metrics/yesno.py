@@ -21,6 +21,7 @@ __all__ = [
     "PARSERS",
     "POPE_SPLITS",
     "aggregate",
+    "gold_substring",
     "is_yes_or_no",
     "metrics",
     "official",
@@ -80,15 +81,26 @@ def vlmevalkit(text: str) -> Verdict | None:
     return "yes" if "yes" in words else "no"
 
 
-def _parser(rule: Callable[[str], Verdict | None]) -> Callable[[str, Mapping[str, object]], Parsed]:
+def gold_substring(text: str, label: Verdict) -> Verdict:
+    """
+    The rule of VCD, cd_rethink and VAF: right if the lower-cased answer holds the label's letters, wrong otherwise.
+
+    It looks at the label, so an answer that holds both words is always right, and ``I know`` answers a no.
+    """
+    other: Verdict = "no" if label == "yes" else "yes"
+    return label if label in text.lower() else other
+
+
+def _parser(rule: Callable[[str], Verdict | None]) -> Callable[[str, Mapping[str, Any]], Parsed]:
     return lambda text, doc: Parsed(rule(text), clean=is_yes_or_no(text))
 
 
-PARSERS: Mapping[str, Callable[[str, Mapping[str, object]], Parsed]] = {
+PARSERS: Mapping[str, Callable[[str, Mapping[str, Any]], Parsed]] = {
     "official": _parser(official),
     "strict": _parser(strict),
     "opera": _parser(opera),
     "vlmevalkit": _parser(vlmevalkit),
+    "vcd": lambda text, doc: Parsed(gold_substring(text, doc["label"]), clean=is_yes_or_no(text)),
 }
 
 
