@@ -73,7 +73,7 @@ class Chart:
 
 def chart(title: str, series: Mapping[str, Sequence[float | None]], *, log: bool = False) -> Chart | None:
     """
-    Curves of values per layer, or None if there is no value to show.
+    Curves of values per layer, or None if there is nothing to show: no value, or nothing but zeros.
 
     Parameters
     ----------
@@ -91,7 +91,7 @@ def chart(title: str, series: Mapping[str, Sequence[float | None]], *, log: bool
         for name, values in series.items()
     }
     known = [v for values in kept.values() for v in values if v is not None]
-    if not known:
+    if not known or not (log or any(known)):
         return None
     bottom, top = (floor(min(known)), ceil(max(known))) if log else (0.0, max(known))
     span = (top - bottom) or 1.0

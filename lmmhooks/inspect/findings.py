@@ -21,7 +21,7 @@ def describe(sample: SampleSinks, attention_judged: bool) -> tuple[str, ...]:
         Whether any key is seen by enough probe rows for its attention to count.
     """
     found = [_text_sinks(sample), _visual_sinks(sample), _outliers(sample), _disagreement(sample), _magnets(sample)]
-    found.append(_single_heads(sample))
+    found += [_heads_on_image(sample), _single_heads(sample)]
     if not attention_judged:
         found.append(
             f"attention is no evidence here: {sample.probe_rows} probe rows are too few; ask a longer question, or "
@@ -101,6 +101,11 @@ def _magnets(sample: SampleSinks) -> str:
         return "no stop-word magnets"
     names = [repr(magnet.text) if magnet.text is not None else str(magnet.position) for magnet in sample.magnets]
     return f"stop-word magnets: {', '.join(names)}"
+
+
+def _heads_on_image(sample: SampleSinks) -> str:
+    looking = [layer.image_centric_heads for layer in sample.layers if layer.image_centric_heads is not None]
+    return "no head looks at the image beyond its sinks" if looking and not any(looking) else ""
 
 
 def _single_heads(sample: SampleSinks) -> str:

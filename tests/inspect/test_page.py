@@ -87,6 +87,7 @@ def test_curves_stop_where_values_are_missing():
     ]
     assert drawn.curves["a"][1][0][:2] == (100.0, 0.0)
     assert chart("title", {"a": [None, None]}) is None
+    assert chart("title", {"a": [0.0, None, 0.0]}) is None, "a curve at zero says nothing; words do"
 
 
 def test_logarithmic_curves_span_whole_decades():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from importlib.resources import files
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 import lmmhooks
 from lmmhooks.family import resolve
 from lmmhooks.inspect import Criteria, sinks
+from lmmhooks.prompting import build_inputs
 from tests.planted import MAGNET, MASSIVE, plant_text, planted, with_magnet
 from tests.reference.attention import dense_attention, full_logits
 from tests.zoo import FAMILIES, IMAGE, PREFIX, build
@@ -305,6 +307,23 @@ def test_bad_settings_are_refused(zoo, settings, message):
 def test_a_prompt_that_ends_with_its_image_is_refused(zoo):
     with pytest.raises(lmmhooks.PromptError, match="no text after its image"):
         sinks(zoo.model, zoo.inputs(**text_of(0)), sink_dims=())
+
+
+@pytest.mark.parametrize("name", ["tiny-llava", "tiny-qwen"])
+def test_bundled_models_have_what_the_docs_say(name):
+    model, processor = lmmhooks.load(name)
+    image = min((files("lmmhooks_eval") / "tiny" / "data" / "images").iterdir(), key=lambda path: path.name)
+    question = "What is in this image? Describe it in one sentence."
+    inputs = build_inputs(processor, [str(image)], question, model.device, model.dtype)
+    report = sinks(model, inputs, processor)
+    (sample,) = report.samples
+    assert report.channels.dims == report.channels.visual_dims == ()
+    assert {"no outliers among the vision features", "no stop-word magnets"} <= set(sample.findings)
+    seen = [token for layer in sample.layers for token in layer.tokens]
+    assert {token.label for token in seen} == {"unconfirmed", "attention only"}
+    doubted = [token for token in seen if token.label == "unconfirmed"]
+    assert all(token.detectors == ("D4",) and 0 < token.position <= 4 for token in doubted)
+    assert all(token.text is not None and token.received < 0.03 for token in doubted)
 
 
 def test_settings_are_part_of_the_report(report):
