@@ -98,11 +98,13 @@ def write_record(record: Record, path: Path) -> None:
     data = record.plain()
     replaced = set(path.parent.glob(f"{path.stem}-*.safetensors"))
     if isinstance(record.value, TensorSet):
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         # The digest in its name: a record that is being replaced never points at tensors of another one.
         tensors = path.with_name(f"{path.stem}-{record.value.digest[:12]}.safetensors")
-        _replace(tensors, lambda file: save_file({k: v.contiguous() for k, v in record.value.items()}, file))
+        # Not save_file, which lets nobody but the owner read what it writes.
+        content = save({name: tensor.contiguous() for name, tensor in record.value.items()})
+        _replace(tensors, lambda file: file.write_bytes(content))
         data["value"] = {"file": tensors.name, **data["value"]}
         replaced.discard(tensors)
     text = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
