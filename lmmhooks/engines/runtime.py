@@ -138,11 +138,16 @@ class Runtime:
         """
         self.attachments.undo()
         attachments = Attachments()
+        core = self.family.core
+        # M-RoPE models remember the offset of the last prompt; a generation that goes on afterwards needs its own.
+        offset = getattr(core, "rope_deltas", None)
         try:
             self._follow(attachments)
             yield attachments
         finally:
             attachments.undo()
+            if hasattr(core, "rope_deltas"):
+                core.rope_deltas = offset
             self.refresh()
 
     @contextmanager

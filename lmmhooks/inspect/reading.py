@@ -143,21 +143,15 @@ def read(
     family = runtime.family
     cache = DynamicCache(config=family.text_config)
     reader = _Reader(runtime, cache, dims, criteria, rows, rho, min_visual)
-    # M-RoPE models remember the offset of the last prompt; a generation that goes on afterwards needs its own.
-    offset = getattr(family.core, "rope_deltas", None)
-    try:
-        with runtime.suspended() as attachments, torch.inference_mode():
-            for index, layer in enumerate(family.layers):
-                attachments.pre_hook(layer, _bind(partial(reader.see_input, index)), f"input of layer {index}")
-            feature_layer = family.vision_layers[family.feature_layer]
-            attachments.hook(feature_layer, reader.see_features, f"output of vision layer {family.feature_layer}")
-            probes = [DecoderProbe(i, rows, partial(reader.see_weights, i)) for i in range(family.num_layers)]
-            AttentionEngine(runtime, [], probes).attach(attachments)
-            family.model(**{**inputs, "past_key_values": cache, "use_cache": True})
-            return reader.finish()
-    finally:
-        if hasattr(family.core, "rope_deltas"):
-            family.core.rope_deltas = offset
+    with runtime.suspended() as attachments, torch.inference_mode():
+        for index, layer in enumerate(family.layers):
+            attachments.pre_hook(layer, _bind(partial(reader.see_input, index)), f"input of layer {index}")
+        feature_layer = family.vision_layers[family.feature_layer]
+        attachments.hook(feature_layer, reader.see_features, f"output of vision layer {family.feature_layer}")
+        probes = [DecoderProbe(i, rows, partial(reader.see_weights, i)) for i in range(family.num_layers)]
+        AttentionEngine(runtime, [], probes).attach(attachments)
+        family.model(**{**inputs, "past_key_values": cache, "use_cache": True})
+        return reader.finish()
 
 
 class _Reader:

@@ -152,3 +152,14 @@ def test_models_with_normed_queries_are_judged_by_ratios_only():
     plain, normed = build("qwen2_5_vl", layers=6), build("qwen3_vl", layers=6)
     for zoo, expected in ((plain, False), (normed, True)):
         assert discover_sink_dims(Runtime(resolve(zoo.model))).evidence["ratios_only"] is expected
+
+
+def test_a_search_keeps_the_position_offset_of_a_generation_under_way():
+    zoo = build("qwen2_5_vl")
+    inputs = zoo.inputs(text=9)
+    with torch.no_grad():
+        token = inputs["input_ids"][:, -1:]
+        expected = zoo.model(input_ids=token, past_key_values=zoo.model(**inputs).past_key_values).logits
+        cache = zoo.model(**inputs).past_key_values
+        discover_sink_dims(Runtime(resolve(zoo.model)), Prompts(zoo))
+        assert torch.equal(zoo.model(input_ids=token, past_key_values=cache).logits, expected)
