@@ -156,7 +156,7 @@ def test_models_with_normed_queries_are_judged_by_ratios_only():
 
 def test_a_search_keeps_the_position_offset_of_a_generation_under_way():
     zoo = build("qwen2_5_vl")
-    inputs = zoo.inputs(text=9)
+    inputs = zoo.inputs(images=2, text=9)  # the search shows one image at a time, whose offset is another
     with torch.no_grad():
         token = inputs["input_ids"][:, -1:]
         expected = zoo.model(input_ids=token, past_key_values=zoo.model(**inputs).past_key_values).logits
