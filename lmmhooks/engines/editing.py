@@ -227,7 +227,8 @@ class Edit:
         """
         Factors on keys: ``q . (c k) = c (q . k)``, so the model's backend answers the edited rows over scaled keys.
 
-        None where that is no gain or cannot be said to the backend: few rows, factors per head, masks of other forms.
+        None where that is no gain or cannot be said to the backend: few rows, factors per head where heads share keys,
+        masks of other forms.
         """
         base_takes_rows = self.call.backend in ("sdpa", "eager") and (
             self.call.mask is None or self.call.dense_mask is not None
@@ -237,14 +238,16 @@ class Edit:
         factor = method.scale_keys(self.context(method, plan.index))
         if factor is None:
             return self.call.run_base()
-        if factor.dim() != 2:
+        if factor.dim() == 2:
+            factor = factor[:, None]
+        elif factor.shape[1] != self.keys.shape[1]:
             return None
         allowed = self._visible(plan.index)
         if allowed is not None and self.call.backend == "eager" and allowed.dtype == torch.bool:
             allowed = torch.zeros_like(allowed, dtype=self.call.query.dtype).masked_fill_(
                 ~allowed, torch.finfo(self.call.query.dtype).min
             )
-        scaled = (self.keys.float() * factor[:, None, :, None]).to(self.keys.dtype)
+        scaled = (self.keys.float() * factor[..., None]).to(self.keys.dtype)
         rows, _ = self.call.base(take_rows(self.call.query, plan.index), scaled, self.values, allowed)
         # Weights exist for one row only, so what was moved is measured there.
         if (last := self.stage.rows(["last"], self.call.query.shape[2])) is not None:

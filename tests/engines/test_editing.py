@@ -40,12 +40,13 @@ class AllRows(AfterImage):
 
 @dataclass(frozen=True)
 class PerHead(AfterImage):
-    """The same factor for every head, said head by head."""
+    """Another factor for every head too."""
 
     id: ClassVar[str] = "test-factors-per-head"
 
     def scale_keys(self, context):
-        return super().scale_keys(context)[:, None].expand(-1, context.family.num_heads, -1)
+        slope = torch.linspace(0.8, 1.2, context.family.num_heads)
+        return super().scale_keys(context)[:, None] * slope[:, None]
 
 
 @dataclass(frozen=True)
@@ -164,19 +165,28 @@ def test_the_cache_holds_the_keys_as_they_were(fused):
     assert torch.equal(edited.layers[0].values, plain.layers[0].values)
 
 
-def test_factors_per_head_and_no_factors(fused):
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+def test_factors_per_head_where_every_head_has_its_keys(attn, monkeypatch, fused):
+    zoo = build("llava", attn=attn, num_key_value_heads=4)
+    outputs = both_ways(zoo, PerHead(), zoo.inputs(batch=2), monkeypatch, fused)
+    torch.testing.assert_close(*outputs, atol=TOLERANCE, rtol=0)
+
+
+def test_factors_per_head_take_explicit_rows_where_heads_share_keys(fused):
+    zoo = build("llava")
+    with torch.no_grad(), lmmhooks.wrap(zoo.model, PerHead()):
+        zoo.model(**zoo.inputs(batch=2))
+    assert fused == []
+
+
+def test_no_factors_change_nothing(fused):
     zoo = build("llava")
     inputs = zoo.inputs(batch=2)
     with torch.no_grad():
         plain = zoo.model(**inputs).logits
-        with lmmhooks.wrap(zoo.model, PerHead()):
-            per_head = zoo.model(**inputs).logits[:, -1]
-        assert fused == [], "keys are shared by several heads, so factors per head take explicit rows"
-        with lmmhooks.wrap(zoo.model, AfterImage()):
-            shared = zoo.model(**inputs).logits[:, -1]
-        torch.testing.assert_close(per_head, shared, atol=TOLERANCE, rtol=0)
         with lmmhooks.wrap(zoo.model, Unchanged()):
             assert torch.equal(zoo.model(**inputs).logits, plain)
+    assert fused == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])

@@ -41,6 +41,15 @@ def test_heads_that_look_at_the_image(family):
     equals_dense(zoo, inputs, Vaf(**STRONG, head_fraction=0.5), scores=reference)
 
 
+def test_heads_that_look_at_the_image_through_the_backend(monkeypatch):
+    """Where heads share no keys, the fused form serves factors per head too."""
+    monkeypatch.setattr(editing, "FUSED_ROWS", 1)
+    zoo = build("llava", layers=DEPTH, num_key_value_heads=4)
+    inputs = zoo.inputs(batch=2)
+    reference = vaf(IMAGE, inputs["input_ids"], LAYERS, **STRONG, head_fraction=0.5)
+    equals_dense(zoo, inputs, Vaf(**STRONG, head_fraction=0.5), scores=reference)
+
+
 @pytest.mark.parametrize("head_fraction", [1.0, 0.5])
 @pytest.mark.parametrize(("images", "changed"), [([2, 1], (0, 1)), ([0, 2], (1,))])
 def test_every_row_has_its_own_spans(images, changed, head_fraction):
