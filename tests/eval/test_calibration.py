@@ -272,3 +272,13 @@ def test_documents_of_a_benchmark_are_marked(tiny, tmp_path, monkeypatch):
     _, evidence = search.measure(ONE_LAYER, Generator(*tiny), tmp_path / "j.jsonl", Interrupting())
     assert evidence["documents_are_benchmark"]
     assert set(evidence["documents"]) <= {doc["id"] for doc in task.load()}
+
+
+@pytest.mark.parametrize("name", ["tiny-llava", "tiny-qwen"])
+def test_bundled_models_carry_their_directions(name):
+    model, processor = lmmhooks.load(name, dtype="float32")
+    with lmmhooks.wrap(model, "vti", processor=processor) as patch:
+        (method,) = patch.methods
+        assert method.directions["textual"].shape == (model.config.text_config.num_hidden_layers, 192)
+        image = get_task("scenes-pope").images(get_task("scenes-pope").load()[0])[0]
+        assert patch.answer(image, "Is there a tree in the image?", max_new_tokens=2, do_sample=False) in ("Yes", "No")
