@@ -5,7 +5,7 @@ PYTEST_FLAGS ?=
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help env demo test lint types wheel-test support bench docs clean
+.PHONY: help env demo test lint types wheel-test support bench results docs clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -50,6 +50,13 @@ bench: env ## measure the tables of docs/benchmarks again (best on an idle machi
 	$(BENCH) --config llava-next-7b-shape --no-disabled --decode-tokens 4 --method "var(sink_dims='any')" \
 	  --out $(RESULTS)/llava-next-7b.json
 	$(BIN)/python scripts/measure_harness.py --out $(RESULTS)/harness.json
+
+results: env ## run all attention methods on the bundled models again (about half an hour on two cores), then run `make docs`
+	for name in llava qwen; do \
+	  $(BIN)/lmmhooks calibrate vti --model tiny-$$name --dtype float32 --task scenes-caption && \
+	  $(BIN)/lmmhooks run attention-scenes-$$name --out runs/attention-$$name --resume && \
+	  $(BIN)/python scripts/store_results.py runs/attention-$$name --out docs/results/attention-tiny-$$name.json \
+	  || exit 1; done
 
 docs: env ## regenerate the tables of README.md and docs/ from their result files
 	$(BIN)/python docs/build.py

@@ -43,8 +43,9 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     from rich.text import Text
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        table.add_column(column)
+    for index, column in enumerate(columns):
+        # The first column holds names that are typed again: whole, whatever the width.
+        table.add_column(column, no_wrap=index == 0)
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     console().print(table)

@@ -19,8 +19,6 @@ TWINS = {"chair": "scenes-caption", "pope": "scenes-pope"}
 REPRODUCE = [name for name in recipes.shipped() if name.startswith("reproduce/") and "/offline/" not in name]
 OFFLINE = [name for name in recipes.shipped() if "/offline/" in name]
 SCENES = ("attention-scenes-llava", "attention-scenes-qwen")
-# Records of a checkpoint are measured with `lmmhooks calibrate`; these stand in for them where a run only has to work.
-UNCALIBRATED = {"act": "act(heads='all')"}
 
 
 def attention_methods() -> set[str]:
@@ -121,7 +119,7 @@ def test_every_attention_method_runs_on_the_trained_model(
     loaded: tuple[Any, Any], directions: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(runner_module, "load_model", lambda recipe: loaded)
-    recipe = _small(recipes.load("attention-scenes-llava", [f"variants.{k}={v}" for k, v in UNCALIBRATED.items()]))
+    recipe = _small(recipes.load("attention-scenes-llava"))
     assert run(recipe, tmp_path / "run") == []
     scored = score_run(tmp_path / "run")
     assert scored["problems"] == []

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from lmmhooks_eval.recipe import BASELINE
 
-__all__ = ["Cell", "Table", "cost_table", "headline", "metrics_table", "notes", "paper_table"]
+__all__ = ["Cell", "Table", "cost_table", "headline", "metric_cell", "metrics_table", "notes", "paper_table"]
 
 Tone = Literal["", "good", "bad"]
 NOTHING = "-"
@@ -70,18 +70,20 @@ def headline(name: str, task: Mapping[str, Any]) -> Table:
     return Table(f"{name}: {task['title']}", [*columns, "unparsed", "failed"], rows)
 
 
+def metric_cell(task: Mapping[str, Any], variant: str, metric: str) -> Cell:
+    """One metric of one variant: with its interval for the baseline, else with its difference to the baseline."""
+    estimate = task["variants"][variant]["metrics"].get(metric)
+    if variant == BASELINE or estimate is None:
+        return _value(estimate, task, metric)
+    difference = _difference(estimate, task, metric)
+    return Cell(f"{_number(estimate['value'], task, metric)} ({difference.text})", difference.tone)
+
+
 def metrics_table(name: str, task: Mapping[str, Any]) -> Table:
     """Every metric of every variant, with the difference to the baseline."""
     rows = []
     for metric in task["metrics"]:
-        cells = []
-        for variant, figures in task["variants"].items():
-            estimate = figures["metrics"].get(metric)
-            cell = _value(estimate, task, metric)
-            if variant != BASELINE and estimate is not None:
-                difference = _difference(estimate, task, metric)
-                cell = Cell(f"{_number(estimate['value'], task, metric)} ({difference.text})", difference.tone)
-            cells.append(cell)
+        cells = [metric_cell(task, variant, metric) for variant in task["variants"]]
         if any(cell.text != NOTHING for cell in cells):
             rows.append([Cell(_label(task, metric)), *cells])
     return Table(f"{name}: all metrics", ["metric", *task["variants"]], rows)

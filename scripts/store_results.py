@@ -1,0 +1,32 @@
+"""Keep what a results page needs of a run: `python scripts/store_results.py RUN_DIR --out docs/results/NAME.json`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from lmmhooks_eval.report.markdown import condensed
+from lmmhooks_eval.score import score_run
+from lmmhooks_eval.store import ENVIRONMENT, write_atomically
+
+
+def main() -> None:
+    """Score the run anew and write its record; a run with problems is refused."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    given = parser.parse_args()
+    metrics = score_run(given.run_dir)
+    if metrics["problems"]:
+        sys.exit(f"{given.run_dir} must not be published: {'; '.join(metrics['problems'])}")
+    environment = json.loads((given.run_dir / ENVIRONMENT).read_text(encoding="utf-8"))
+    record = condensed(metrics, environment)
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(given.out, json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    print(f"wrote {given.out}")
+
+
+if __name__ == "__main__":
+    main()
