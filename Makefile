@@ -53,7 +53,6 @@ bench: env ## measure the tables of docs/benchmarks again (best on an idle machi
 
 results: env ## run all attention methods on the bundled models again (about half an hour on two cores), then run `make docs`
 	for name in llava qwen; do \
-	  $(BIN)/lmmhooks calibrate vti --model tiny-$$name --dtype float32 --task scenes-caption && \
 	  $(BIN)/lmmhooks run attention-scenes-$$name --out runs/attention-$$name --resume && \
 	  $(BIN)/python scripts/store_results.py runs/attention-$$name --out docs/results/attention-tiny-$$name.json \
 	  || exit 1; done

@@ -91,18 +91,6 @@ def _small(recipe: Recipe) -> Recipe:
     )
 
 
-@pytest.fixture
-def directions(loaded: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A record for vti, measured on a few demonstrations, in a home of its own."""
-    from lmmhooks.methods.registry import resolve
-    from lmmhooks_eval.calibration import calibrate
-
-    monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
-    options = dict.fromkeys(("demos", "margin", "mask_ratio", "grouping", "batch_size", "seed"))
-    options |= {"task": "scenes-caption", "limit": 4, "trials": 2}
-    calibrate(resolve("vti"), *loaded, options, None)
-
-
 @pytest.mark.parametrize("name", OFFLINE)
 def test_offline_twins_run(name: str, loaded: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner_module, "load_model", lambda recipe: loaded)
@@ -116,7 +104,7 @@ def test_offline_twins_run(name: str, loaded: tuple[Any, Any], tmp_path: Path, m
 
 @pytest.mark.slow
 def test_every_attention_method_runs_on_the_trained_model(
-    loaded: tuple[Any, Any], directions: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    loaded: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(runner_module, "load_model", lambda recipe: loaded)
     recipe = _small(recipes.load("attention-scenes-llava"))
