@@ -282,3 +282,10 @@ def test_bundled_models_carry_their_directions(name):
         assert method.directions["textual"].shape == (model.config.text_config.num_hidden_layers, 192)
         image = get_task("scenes-pope").images(get_task("scenes-pope").load()[0])[0]
         assert patch.answer(image, "Is there a tree in the image?", max_new_tokens=2, do_sample=False) in ("Yes", "No")
+
+
+def test_the_bundled_llava_carries_a_head_list():
+    model, processor = lmmhooks.load("tiny-llava", dtype="float32")
+    with lmmhooks.wrap(model, "act", processor=processor) as patch:
+        assert patch.methods[0].heads
+        assert patch.attached
