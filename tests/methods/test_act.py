@@ -12,8 +12,8 @@ from lmmhooks.engines import editing, segments
 from lmmhooks.engines.editing import Edit
 from lmmhooks.methods.attention.act import Act, calibrated_factors, later_sinks
 from tests.reference.act import act, calibrate_row, sinks
-from tests.reference.attention import dense_attention, full_logits
-from tests.zoo import build
+from tests.reference.attention import dense_attention, full_logits, var
+from tests.zoo import IMAGE, PAD, build
 
 # float32 through five layers in another summation order; largest difference seen is 4e-6.
 TOLERANCE = 1e-5
@@ -215,6 +215,33 @@ def test_composes_with_reducers_and_branches(family, also):
         alone, alone_tokens = answer(zoo, zoo.row(inputs, i), method, also=[also])
         torch.testing.assert_close(logits[i : i + 1], alone, atol=5 * TOLERANCE, rtol=0)
         assert torch.equal(tokens[i : i + 1], alone_tokens)
+
+
+def test_beside_var_each_method_takes_its_own_sinks():
+    """Var first, on text rows; then act on all rows, with sinks found before either edit, visual ones left to var."""
+    zoo = build("llava", layers=5)
+    inputs = zoo.inputs(batch=2)
+    settings = {"thr": 0.05, "exclude_image": True}
+    logits, tokens = answer(zoo, inputs, "var(sink_dims='any', tau=2.6, rho=0.3)", also=[Act(heads="all", **settings)])
+    found = {}
+    detect = act(inputs["input_ids"], EVERY_HEAD, found=found, **settings)
+    move = var(0.6, 0.3, 0.2, 2.6, IMAGE, inputs["input_ids"], skip={0, 1, 4})
+
+    def both(layer, weights, row, hidden):
+        detect(layer, weights.clone(), row, hidden)
+        weights = move(layer, weights, row, hidden)
+        for h in EVERY_HEAD.get(layer, []):
+            for i in range(weights.shape[1]):
+                if i >= inputs["input_ids"].shape[1] or inputs["input_ids"][row, i] != PAD:
+                    calibrated = calibrate_row(weights[h, i].tolist(), found[row, layer, h], 0.4)
+                    weights[h, i] = weights.new_tensor(calibrated)
+        return weights
+
+    with dense_attention(zoo.model, both):
+        expected = full_logits(zoo.model, inputs, tokens[:, :-1])[:, -3:]
+    alone, _ = answer(zoo, inputs, Act(heads="all", **settings))
+    assert (alone[:, 0] - logits[:, 0]).abs().max() > 1e-2
+    torch.testing.assert_close(logits, expected, atol=TOLERANCE, rtol=0)
 
 
 def test_a_reducer_that_keeps_every_token_does_not_matter():

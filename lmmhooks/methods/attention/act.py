@@ -7,8 +7,8 @@ applied unchanged to the mixed sequence: prompts without an image are edited too
 
 Differs from the released code where that is broken. While an answer is generated it detects sinks anew from one row and
 leaves rows that do not sum to one: here the sinks of the prompt stay. It reads the first sample of a batch only: here
-every sample has its own sinks, padding counts nowhere. The paper marks keys above ``alpha / N``, the code those above a
-constant: the code is the default, `thr_mode="relative"` the other (UNVERIFIED: the released code has no trace of it).
+every sample has its own sinks, padding counts nowhere. The code marks keys above a constant, which is the default; the
+paper those above ``alpha / N``, of which the released code has no trace: ``thr_mode="relative"`` (UNVERIFIED).
 """
 
 from __future__ import annotations
