@@ -74,7 +74,7 @@ def test_table_for_people() -> None:
         (("bench", "--config", "test-shape", "--device", "abacus"), "device 'abacus' cannot be used"),
         (("bench", "--config", "test-shape", "--method", "var + "), "has an empty part"),
         (("bench", "--config", "test-shape", "--visual-tokens", "10"), "makes 64 visual tokens"),
-        (("bench", "--config", "test-shape", "--method", "vra"), "did you mean 'var'"),
+        (("bench", "--config", "test-shape", "--method", "varr"), "did you mean 'var'"),
         (("bench", "--model", "tiny-llava", "--layers", "2"), "scale a named shape"),
     ],
 )

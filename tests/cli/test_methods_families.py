@@ -46,7 +46,7 @@ def test_kinds_filter() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("methods", "vra"), "did you mean 'var'"),
+        (("methods", "varr"), "did you mean 'var'"),
         (("methods", "--kind", "reducton"), "did you mean 'reduction'"),
         (("families", "qwen2_vll"), "did you mean 'qwen2_vl'"),
     ],

@@ -35,9 +35,23 @@ def test_tasks_are_listed_and_described() -> None:
     assert listed["failed"] == []
     assert listed["tasks"]["scenes-pope"]["primary"] == "accuracy"
     details = json.loads(invoke("tasks", "scenes-pope", "--json").out)
-    assert details["parsers"] == ["official", "strict", "opera", "vlmevalkit"]
+    assert details["parsers"] == ["official", "strict", "opera", "vlmevalkit", "vcd"]
     assert details["documents"] > 1000
     assert "official" in invoke("tasks", "scenes-pope").out
+
+
+def test_describing_a_task_of_the_hub_reads_no_data() -> None:
+    details = json.loads(invoke("tasks", "pope", "--json").out)
+    assert details["documents"] is None
+    assert details["source"] == {"kind": "hub", "id": "lmms-lab-encoder/POPE", "revision": None}
+    assert "known once a run has read them" in invoke("tasks", "pope").out
+
+
+def test_names_of_recipes_are_shown_whole() -> None:
+    from lmmhooks_eval.recipes import shipped
+
+    text = invoke("recipes").out
+    assert all(name in text for name in shipped())
 
 
 def test_an_unknown_task_is_bad_input() -> None:

@@ -160,8 +160,8 @@ def test_sampling_depends_on_the_seed_and_the_document_only(
 
 
 def _swap(monkeypatch: pytest.MonkeyPatch, task: Task) -> None:
-    monkeypatch.setattr(runner_module, "get_task", lambda name: task)
-    monkeypatch.setattr("lmmhooks_eval.score.get_task", lambda name: task)
+    monkeypatch.setattr(runner_module, "open_task", lambda plan: task)
+    monkeypatch.setattr("lmmhooks_eval.score.open_task", lambda plan: task)
 
 
 def _made_up(folder: Path) -> Task:
