@@ -58,7 +58,7 @@ def test_layers_that_forget_keys_are_refused():
         use_sliding_window=True,
         sliding_window=8,
     )
-    with pytest.raises(lmmhooks.ModelError, match="layer 1 .* keeps its keys in a DynamicSlidingWindowLayer"):
+    with pytest.raises(lmmhooks.ModelError, match=r"layer 1 .* keeps its keys in a DynamicSlidingWindowLayer"):
         lmmhooks.wrap(zoo.model, FavourImage())
     assert not zoo.model._forward_pre_hooks, "a refused patch leaves no trace"
 
