@@ -7,8 +7,9 @@ import os
 
 # Before anything imports huggingface_hub or torch, which read these once. Subprocesses of the CLI tests inherit them.
 os.environ["HF_HUB_OFFLINE"] = "1"
-_workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _workers)))
+if _workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    # In the workers only: what the process that starts them sets, they inherit, and all of them would take all cores.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(_workers))))
 
 
 class DeprecationLogged(AssertionError):

@@ -206,7 +206,7 @@ def test_stats_need_a_prompt_first_and_then_describe_it(zoo):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("vra", r"unknown method 'vra'; did you mean 'var'\?"),
+        ("varr", r"unknown method 'varr'; did you mean 'var'\?"),
         ("var(q=1)", "no hyper-parameter 'q'"),
         ("var(p=2)", r"p=2 is not allowed; p must be in \[0, 1\]"),
         ("var(p=", "cannot read method"),

@@ -19,7 +19,7 @@ from lmmhooks.inspect.reading import Reading, read
 from lmmhooks.inspect.report import Channels, SinkReport
 from lmmhooks.loading import identity
 from lmmhooks.methods.attention.sinks import sink_threshold
-from lmmhooks.methods.attention.var import SINK_DIMS
+from lmmhooks.methods.attention.var import Var
 
 __all__ = ["sinks"]
 
@@ -107,7 +107,7 @@ def _check(family: Family, dims: Sequence[int] | None, rows: Any, rho: float, mi
 
 def _channels(runtime: Runtime, processor: Any, given: Sequence[int] | None) -> Channels:
     family = runtime.family
-    published = SINK_DIMS.get((family.name, family.hidden_size, family.num_layers))
+    published = Var.defaults_for(family).get("sink_dims")
     if given is not None:
         return Channels(tuple(given), (), "given", published, {})
     usable = processor if getattr(processor, "chat_template", None) is not None else None

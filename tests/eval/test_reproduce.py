@@ -112,5 +112,5 @@ def test_every_attention_method_runs_on_the_trained_model(
     scored = score_run(tmp_path / "run")
     assert scored["problems"] == []
     for task in scored["tasks"].values():
-        assert set(task["variants"]) == {"baseline", *attention_methods()}
+        assert set(task["variants"]) == {"baseline", *recipe.variants}
         assert all(figures["n"] > 0 for figures in task["variants"].values())

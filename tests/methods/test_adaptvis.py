@@ -130,9 +130,12 @@ def test_strength_zero_attaches_nothing(settings):
 
 def test_two_prompts_in_a_row_do_not_share_a_weight():
     zoo = build("llava")
-    first, second = zoo.inputs(batch=1, seed=1), zoo.inputs(batch=1, seed=2)
-    found = [confidences(zoo, inputs)[0] for inputs in (first, second)]
-    assert abs(found[0] - found[1]) >= 0.02, "prompts that are equally sure prove nothing"
+    first = zoo.inputs(batch=1, seed=1)
+    sure = confidences(zoo, first)[0]
+    others = (zoo.inputs(batch=1, seed=seed) for seed in range(2, 22))
+    # Further apart than rounding could move either; prompts that are equally sure prove nothing.
+    second = next(inputs for inputs in others if abs(confidences(zoo, inputs)[0] - sure) >= 0.02)
+    found = [sure, confidences(zoo, second)[0]]
     method = AdaptVis(low=0.4, high=1.8, threshold=sum(found) / 2)
     mine, others = (0.4, 1.8) if found[1] < found[0] else (1.8, 0.4)
     with torch.no_grad():

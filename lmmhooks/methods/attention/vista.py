@@ -23,6 +23,7 @@ import torch
 from torch.nn.functional import normalize
 
 from lmmhooks.methods.attention.steering import SteeringContext, SteeringMethod
+from lmmhooks.methods.attention.turning import turn
 from lmmhooks.methods.base import Method, setting
 
 if TYPE_CHECKING:
@@ -52,10 +53,8 @@ def steer(states: Tensor, direction: Tensor, strength: float) -> Tensor:
     Tensor
         Shape of ``states``, float32.
     """
-    states = states.float()
-    unit = normalize(states, dim=-1)
-    opposed = (-(unit * direction).sum(dim=-1, keepdim=True)).clamp(min=0)
-    return states.norm(dim=-1, keepdim=True) * normalize(unit + strength * (1 + opposed) * direction, dim=-1)
+    opposed = (-(normalize(states.float(), dim=-1) * direction).sum(dim=-1, keepdim=True)).clamp(min=0)
+    return turn(states, direction, strength * (1 + opposed))
 
 
 @dataclass(frozen=True)

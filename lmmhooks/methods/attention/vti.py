@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from torch.nn.functional import normalize
 
 from lmmhooks.methods.attention.steering import SteeringContext, SteeringMethod
+from lmmhooks.methods.attention.turning import turn
 from lmmhooks.methods.base import names_record, setting
 from lmmhooks.methods.tensors import TensorSet
 
@@ -35,9 +36,7 @@ def steer(x: Tensor, direction: Tensor, strength: float) -> Tensor:
 
     ``direction`` is broadcastable to ``x``; ``strength`` is its weight beside the normalised ``x``.
     """
-    wide = x.float()
-    turned = normalize(normalize(wide, dim=-1) + strength * normalize(direction, dim=-1), dim=-1)
-    return (wide.norm(dim=-1, keepdim=True) * turned).to(x.dtype)
+    return turn(x, normalize(direction, dim=-1), strength).to(x.dtype)
 
 
 @dataclass(frozen=True)
