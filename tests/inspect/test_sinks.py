@@ -12,6 +12,7 @@ import torch
 import lmmhooks
 from lmmhooks.family import resolve
 from lmmhooks.inspect import Criteria, sinks
+from lmmhooks.methods.attention.var import Var
 from lmmhooks.prompting import build_inputs
 from tests.planted import MAGNET, MASSIVE, plant_text, planted, with_magnet
 from tests.reference.attention import dense_attention, full_logits
@@ -283,7 +284,7 @@ def test_text_without_image(zoo):
 
 
 def test_published_channels_are_compared_with_the_measured_ones(zoo, monkeypatch):
-    monkeypatch.setattr("lmmhooks.inspect.diagnosis.SINK_DIMS", {("llava", 64, 6): (1, 2)})
+    monkeypatch.setattr(Var, "defaults_for", lambda family: {"sink_dims": (1, 2)})
     report = sinks(zoo.model, zoo.inputs(**text_of(12)))
     assert report.channels.published == (1, 2)
     assert "not the published 1, 2" in report.channels.sentence
