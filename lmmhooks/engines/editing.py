@@ -150,7 +150,7 @@ class Edit:
         if moved:
             self._record_moved(torch.cat(moved, dim=1), plan.real)
         edited = torch.cat(blocks, dim=2) if len(blocks) > 1 else blocks[0]
-        edited = self._apply_gains(methods, plan, take_rows(self.call.query, plan.index), edited)
+        edited = self._apply_gains(methods, plan, edited)
         if output is None:
             # One block holds the weights of all rows, so output_attentions keeps working where the base returns them.
             return edited.transpose(1, 2).contiguous(), weights if len(blocks) == 1 else None
@@ -211,8 +211,7 @@ class Edit:
         rows = output.transpose(1, 2)
         if not plan.covers_all:
             rows = take_rows(rows, plan.index)
-        queries = self.call.query if plan.covers_all else take_rows(self.call.query, plan.index)
-        edited = self._apply_gains(methods, plan, queries, rows)
+        edited = self._apply_gains(methods, plan, rows)
         return put_back(output, edited, plan), weights
 
     def _segment(self, method: SegmentMethod) -> AttentionResult:
@@ -272,12 +271,12 @@ class Edit:
                 self._segments[id(method)] = segments
                 self.state.memory(method)[self.layer] = method.choose(received, seen, self.context(method, seen[:, :0]))
 
-    def _apply_gains(
-        self, methods: Sequence[AttentionMethod], plan: RowPlan, queries: Tensor, outputs: Tensor
-    ) -> Tensor:
-        for method in methods:
-            if "scale_heads" not in method.edits:
-                continue
+    def _apply_gains(self, methods: Sequence[AttentionMethod], plan: RowPlan, outputs: Tensor) -> Tensor:
+        scaling = [method for method in methods if "scale_heads" in method.edits]
+        if not scaling:
+            return outputs
+        queries = self.call.query if plan.covers_all else take_rows(self.call.query, plan.index)
+        for method in scaling:
             context = self.context(method, plan.index)
             if method.contrasts_text and self.companion is not None:
                 self._compare_heads(self.companion, method, plan, outputs, context)
@@ -308,8 +307,9 @@ def put_back(output: Tensor, edited: Tensor, plan: RowPlan) -> Tensor:
     edited = edited.transpose(1, 2).to(output.dtype)
     if plan.covers_all:
         return edited.contiguous()
-    sample, row = plan.real.nonzero(as_tuple=True)
-    return output.index_put((sample, plan.index[sample, row]), edited[sample, row])
+    # Fillers are rows nobody edits: they get back what they hold. Selecting the others would wait for the device.
+    index = plan.index[:, :, None, None].expand_as(edited)
+    return output.scatter(1, index, torch.where(plan.real[:, :, None, None], edited, output.gather(1, index)))
 
 
 def _only(plan: RowPlan, method: AttentionMethod, before: Tensor, after: Tensor) -> Tensor:

@@ -20,8 +20,8 @@ class RowPlan:
     Attributes
     ----------
     index
-        ``[B, R]`` row numbers among the queries of the call; where a sample has fewer rows, filler entries repeat
-        existing rows.
+        ``[B, R]`` row numbers among the queries of the call; where a sample has fewer rows, the filler entries
+        are rows of it that were not selected; no row stands twice.
     real
         ``[B, R]`` bool, False for filler entries.
     members

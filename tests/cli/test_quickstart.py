@@ -5,19 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pytest
-
-from lmmhooks.loading import load
 from lmmhooks_eval.recipes import load as load_recipe
 from tests.cli.invoke import invoke
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _weights() -> None:
-    try:
-        load("tiny-llava")
-    except ValueError as error:
-        pytest.skip(f"the bundled model is not in this checkout: {error}")
 
 
 def test_quickstart_reports_baseline_and_variants_with_intervals(tmp_path: Path) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from transformers import DynamicCache
 
 import lmmhooks
 from tests.reference.attention import Edit, dense_attention, full_logits
 from tests.zoo import Zoo
 
-__all__ = ["STEPS", "TOLERANCE", "answer", "equals_dense"]
+__all__ = ["STEPS", "TOLERANCE", "answer", "continues_alike", "equals_dense"]
 
 #: float32 through a few layers in another summation order; largest difference seen is 3e-6.
 TOLERANCE = 1e-5
@@ -50,3 +51,16 @@ def equals_dense(
     touched = list(range(len(plain)) if changes is None else changes)
     assert (expected - plain)[touched].abs().amax(dim=2).min() > 1e-3, "an edit that changes nothing proves nothing"
     torch.testing.assert_close(logits, expected, atol=TOLERANCE, rtol=0)
+
+
+def continues_alike(zoo: Zoo, *methods: Any) -> None:
+    """Several tokens that continue a prompt in one forward have the logits of one forward each."""
+    inputs = zoo.inputs(batch=1)
+    tokens = torch.tensor([[20, 30, 40]])
+    with torch.no_grad(), lmmhooks.wrap(zoo.model, *methods):
+        together, single = DynamicCache(), DynamicCache()
+        for cache in (together, single):
+            zoo.model(**inputs, past_key_values=cache)
+        at_once = zoo.model(input_ids=tokens, past_key_values=together).logits
+        steps = [zoo.model(input_ids=tokens[:, i : i + 1], past_key_values=single).logits for i in range(3)]
+    torch.testing.assert_close(at_once, torch.cat(steps, dim=1), atol=TOLERANCE, rtol=0)

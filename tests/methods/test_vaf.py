@@ -12,7 +12,7 @@ import lmmhooks
 from lmmhooks.engines import editing
 from lmmhooks.engines.runtime import find_runtime
 from lmmhooks.methods.attention.vaf import Vaf, key_factors, looking_heads
-from tests.methods.dense import TOLERANCE, answer, equals_dense
+from tests.methods.dense import TOLERANCE, answer, continues_alike, equals_dense
 from tests.reference.attention import dense_attention, full_logits
 from tests.reference.scaling import vaf
 from tests.zoo import FAMILIES, IMAGE, build
@@ -152,16 +152,7 @@ def test_two_prompts_in_a_row_do_not_share_heads():
 
 @pytest.mark.parametrize("head_fraction", [1.0, 0.5])
 def test_several_tokens_at_once_continue_like_one_by_one(head_fraction):
-    zoo = build("llava")
-    inputs = zoo.inputs(batch=1)
-    tokens = torch.tensor([[20, 30, 40]])
-    with torch.no_grad(), lmmhooks.wrap(zoo.model, Vaf(**STRONG, head_fraction=head_fraction)):
-        together, single = DynamicCache(), DynamicCache()
-        for cache in (together, single):
-            zoo.model(**inputs, past_key_values=cache)
-        at_once = zoo.model(input_ids=tokens, past_key_values=together).logits
-        steps = [zoo.model(input_ids=tokens[:, i : i + 1], past_key_values=single).logits for i in range(3)]
-    torch.testing.assert_close(at_once, torch.cat(steps, dim=1), atol=TOLERANCE, rtol=0)
+    continues_alike(build("llava"), Vaf(**STRONG, head_fraction=head_fraction))
 
 
 @pytest.mark.parametrize("head_fraction", [1.0, 0.5])

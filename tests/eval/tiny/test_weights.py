@@ -19,23 +19,15 @@ SUBSET = 24
 """Scenes in the accuracy tests."""
 
 
-def folder_of(name: str) -> Path:
-    try:
-        return model_dir(name)
-    except FileNotFoundError as error:
-        pytest.skip(f"goes away when the weights are installed: {error}")
-
-
 @pytest.fixture(scope="module", params=MODELS)
 def name(request: pytest.FixtureRequest) -> str:
-    folder_of(request.param)
     return str(request.param)
 
 
 @pytest.fixture(scope="module")
 def answerer(name: str) -> Iterator[Answerer]:
     threads = torch.get_num_threads()
-    yield Answerer(folder_of(name), data_dir())
+    yield Answerer(model_dir(name), data_dir())
     torch.set_num_threads(threads)
 
 
@@ -45,7 +37,7 @@ def lines(task: str, scenes: int) -> list[dict[str, str]]:
 
 
 def test_folder_is_small_and_complete(name: str) -> None:
-    folder = folder_of(name)
+    folder = model_dir(name)
     assert (folder / "model.safetensors").stat().st_size <= 12_000_000
     files = {path.name for path in folder.iterdir()}
     assert files >= {
@@ -68,14 +60,14 @@ def test_stock_classes_and_settings(name: str) -> None:
     assert type(model).__module__.startswith("transformers.models.")
     assert model.dtype == torch.float32
     assert model.config._attn_implementation == "sdpa"
-    assert "_attn_implementation" not in (folder_of(name) / "config.json").read_text()
-    stored = AutoModelForImageTextToText.from_pretrained(folder_of(name))
+    assert "_attn_implementation" not in (model_dir(name) / "config.json").read_text()
+    stored = AutoModelForImageTextToText.from_pretrained(model_dir(name))
     assert stored.dtype == torch.bfloat16
     assert stored.get_input_embeddings().weight.data_ptr() == stored.get_output_embeddings().weight.data_ptr()
 
 
 def test_llava_loads_with_the_stock_auto_processor() -> None:
-    folder = folder_of("tiny-llava")
+    folder = model_dir("tiny-llava")
     stock, ours = AutoProcessor.from_pretrained(folder), load_processor(folder)
     assert stock.patch_size == ours.patch_size == 14
     assert stock.vision_feature_select_strategy == ours.vision_feature_select_strategy == "default"
@@ -123,7 +115,7 @@ def test_captions_are_well_formed(answerer: Answerer) -> None:
 
 
 def test_card_is_up_to_date(name: str) -> None:
-    folder = folder_of(name)
+    folder = model_dir(name)
     assert (folder / "README.md").read_text(encoding="utf-8") == model_card(folder)
 
 
