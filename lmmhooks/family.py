@@ -62,6 +62,8 @@ class Family(ModelInputs, LayerParts):
         Positions have temporal, height and width rows.
     deepstack_layers
         Number of first decoder layers after which visual features are added again at visual positions.
+    projects_patches
+        Every patch becomes one visual token, by itself: features of the tower can be changed and projected again.
     feature_layer
         0-based vision layer whose output the projector reads; the last one listed where several are concatenated.
     full_attention_vision_layers
@@ -77,6 +79,8 @@ class Family(ModelInputs, LayerParts):
 
     #: ``config.model_type`` values that this class serves; empty for the generic resolution.
     model_types: ClassVar[tuple[str, ...]] = ()
+
+    projects_patches: ClassVar[bool] = False
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -108,6 +112,11 @@ class Family(ModelInputs, LayerParts):
         self.full_attention_vision_layers: tuple[int, ...] = tuple(range(len(self.vision_layers)))
         self.window_attention: bool = False
         self._verify()
+
+    @property
+    def tokens_per_image(self) -> int | None:
+        """Visual tokens of every image, where all images have equally many; None where that depends on the image."""
+        return None
 
     # -- geometry --------------------------------------------------------------------------------------------
 
@@ -155,39 +164,58 @@ class Family(ModelInputs, LayerParts):
 
     def tower_to_tokens(self, per_patch: Sequence[Tensor], vision: VisionInputs) -> list[Tensor]:
         """
-        Scores of vision-tower positions as scores of visual tokens.
+        Features of vision-tower positions (scores, states, keys) as features of visual tokens.
 
-        Call it after `lmmhooks.layout.build_layout`, from which some families learn how tiles group into images.
+        Where a token is made of several patches it gets their mean. Call it after `lmmhooks.layout.build_layout`, from
+        which some families learn how tiles group into images.
 
         Parameters
         ----------
         per_patch
-            Scores per patch in tower order, concatenated along the first dimension: for towers that see crops
-            ``[crops, patches]`` without CLS, for towers that see packed patches ``[patches]``.
+            Features per patch in tower order, concatenated along the first dimension: for towers that see crops
+            ``[crops, patches, C]`` without CLS, for towers that see packed patches ``[1, patches, C]``.
         vision
             The encoder call, before any expansion.
 
         Returns
         -------
         list of Tensor
-            One float tensor ``[tokens]`` per image, in sequence order; NaN for tokens that show no place in the image.
+            One float tensor ``[tokens, C]`` per image, in sequence order; NaN for tokens that show no place in the image.
 
         Raises
         ------
         ModelError
             The family cannot relate patches to tokens.
         """
-        scores = torch.cat(list(per_patch))
+        features = torch.cat(list(per_patch))
         out = []
-        for image, entry in zip(scores.split(self.crops_of(vision)), self._entries(vision), strict=True):
-            flat = image.flatten()
+        for image, entry in zip(features.split(self.crops_of(vision)), self._entries(vision), strict=True):
+            flat = image.flatten(0, 1)
             if len(flat) != entry:
                 raise ModelError(
                     f"how model type {self.name!r} turns {len(flat)} patches into {entry} visual tokens is not known; "
-                    f"scores of the vision tower work on {_listed(supported())}"
+                    f"readings of the vision tower work on {_listed(supported())}"
                 )
             out.append(flat)
         return out
+
+    def project(self, features: Tensor) -> Tensor:
+        """
+        Features of the tower as embeddings of the decoder.
+
+        Parameters
+        ----------
+        features
+            ``[..., C]`` as the projector takes them; `projects_patches` must hold.
+
+        Returns
+        -------
+        Tensor
+            ``[..., D]``.
+        """
+        if self.projector is None or not self.projects_patches:
+            raise ModelError(f"{type(self.model).__name__} does not turn single patches into tokens")
+        return self.projector(features)
 
     def describe(self) -> dict[str, Any]:
         """Facts about the model that fit into JSON."""
@@ -216,7 +244,7 @@ class Family(ModelInputs, LayerParts):
         lengths = self.token_counts(vision)
         copies = len(lengths) // vision.num_entries if vision.num_entries else 1
         if copies > 1:
-            raise ModelError("scores of the vision tower were asked for after the features were expanded for beams")
+            raise ModelError("readings of the vision tower were asked for after the features were expanded for beams")
         groups = vision.entries_per_image or [1] * vision.num_entries
         out, start = [], 0
         for size in groups:

@@ -50,6 +50,24 @@ class LayerParts:
         )
 
     @staticmethod
+    def attention_norm_of(layer: nn.Module) -> nn.Module:
+        """
+        The norm that states go through before self-attention.
+
+        Raises
+        ------
+        ModelError
+            The layer has none that can be told (one that norms after attention, say).
+        """
+        for name in ("input_layernorm", "layer_norm1", "norm1", "layernorm_before", "ln_1", "attention_norm"):
+            if isinstance(child := getattr(layer, name, None), nn.Module):
+                return child
+        raise ModelError(
+            f"layer {type(layer).__name__} holds no norm before its attention (input_layernorm, norm1 ...); "
+            f"its children are {', '.join(name for name, _ in layer.named_children()) or 'none'}"
+        )
+
+    @staticmethod
     def mlp_of(layer: nn.Module) -> nn.Module:
         """
         The feed-forward module of a decoder or vision layer.

@@ -9,7 +9,7 @@ decode the one new row is computed directly and the fused call is skipped.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -43,6 +43,7 @@ class AttentionEngine:
         methods: Sequence[AttentionMethod],
         decoder_probes: Sequence[DecoderProbe] = (),
         vision_probes: Sequence[VisionProbe] = (),
+        listened: Iterable[int] = (),
     ) -> None:
         self.runtime = runtime
         family = runtime.family
@@ -50,8 +51,8 @@ class AttentionEngine:
         self.observers: dict[int, list[AttentionMethod]] = defaultdict(list)
         self.readers: dict[int, list[RowReader]] = defaultdict(list)
         self.vision_probes: dict[int, list[VisionProbe]] = defaultdict(list)
-        self.listened: set[int] = set()
-        """Layers that passes before the prompt read."""
+        self.listened: set[int] = set(listened)
+        """Layers that are read outside the forward that reads the prompt."""
         for method in methods:
             for layer in method.layers(family):
                 self.edits[layer].append(method)
@@ -61,7 +62,7 @@ class AttentionEngine:
                 self.readers[layer].append(RowReader(rows, partial(self._watch, method, layer), edited=False))
             self.listened.update(watched_beforehand(method, family))
         for probe in decoder_probes:
-            self.readers[probe.layer].append(RowReader(probe.rows, _without_rows(probe.receive)))
+            self.readers[probe.layer].append(RowReader(probe.rows, probe.hears or _weights_only(probe.receive)))
         for seen in vision_probes:
             # A reducer and an attention method may ask for the same signal.
             if seen not in self.vision_probes[seen.layer]:
@@ -122,22 +123,29 @@ class AttentionEngine:
             return call.run_base()
         return Edit(layer, self.runtime.family, stage, state, call, state.companion).run(methods, readers, plan)
 
-    def _watch(self, method: AttentionMethod, layer: int, weights: Tensor, real: Tensor, rows: Tensor) -> None:
+    def _watch(
+        self, method: AttentionMethod, layer: int, weights: Tensor, real: Tensor, rows: Tensor, edit: Edit
+    ) -> None:
         assert self.runtime.current is not None
-        show_weights(self.runtime.family, self.runtime.current, method, layer, weights, real, rows)
+        show_weights(self.runtime.family, self.runtime.current, method, layer, weights, real, rows, edit)
 
     def _attend_vision(self, layer: int, call: AttentionCall) -> AttentionResult:
-        has_cls = self.runtime.family.has_cls
+        first = int(self.runtime.family.has_cls)
         for start, stop in _segments(call.kwargs.get("cu_seq_lens_q"), call.query.shape[2]):
             q, k = call.query[:, :, start:stop], call.key[:, :, start:stop]
             for probe in self.vision_probes[layer]:
-                if probe.kind == "cls":
+                if probe.kind == "keys":
+                    probe.receive(k[:, :, first:])
+                elif probe.kind == "cls":
                     weights = torch.softmax(row_scores(q[:, :, :1], k, call.scaling), dim=-1)
                     probe.receive(weights[:, :, 0, 1:])
+                elif probe.kind == "cls_wide":
+                    query, keys = (heads.transpose(1, 2).flatten(2)[:, None] for heads in (q[:, :, :1], k))
+                    weights = torch.softmax(row_scores(query, keys, query.shape[-1] ** -0.5), dim=-1)
+                    probe.receive(weights[:, :, 0, 1:])
                 else:
-                    rows = q[:, :, 1:] if has_cls else q
-                    received = received_attention(rows, k, call.scaling)
-                    probe.receive(received[:, :, 1:] if has_cls else received)
+                    rows = q[:, :, first:] if probe.kind == "received" else q
+                    probe.receive(received_attention(rows, k, call.scaling)[:, :, first:])
         return call.run_base()
 
 
@@ -153,8 +161,9 @@ def _refuse_windows(family: Family, layers: Sequence[int]) -> None:
             )
 
 
-def _without_rows(receive: Callable[[Tensor, Tensor], None]) -> Callable[[Tensor, Tensor, Tensor], None]:
-    return lambda weights, real, rows: receive(weights, real)
+def _weights_only(receive: Callable[[Tensor, Tensor], None] | None) -> Callable[[Tensor, Tensor, Tensor, Edit], None]:
+    assert receive is not None
+    return lambda weights, real, rows, edit: receive(weights, real)
 
 
 def _segments(boundaries: Tensor | None, length: int) -> list[tuple[int, int]]:

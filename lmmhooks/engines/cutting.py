@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lmmhooks.engines.budgeting import image_targets
 from lmmhooks.engines.grouping import (
     Group,
     Key,
@@ -20,12 +21,13 @@ from lmmhooks.engines.grouping import (
     same_shape,
     stack_left,
 )
-from lmmhooks.engines.sequences import gather_states
+from lmmhooks.engines.sequences import gather_last, gather_states
 from lmmhooks.errors import MethodError
 from lmmhooks.methods.reduction.base import Cut, ReductionMethod, TokenGroup
 
 if TYPE_CHECKING:
     from lmmhooks.engines.probing import Readings
+    from lmmhooks.engines.runtime import Runtime
     from lmmhooks.engines.state import PromptState
 
 __all__ = ["Selection", "select_tokens"]
@@ -94,7 +96,7 @@ def select_tokens(
     Returns
     -------
     Selection or None
-        None when the method has nothing to choose, because everything stays.
+        None when everything stays.
 
     Raises
     ------
@@ -104,21 +106,23 @@ def select_tokens(
     stage = state.stages[-1]
     layout = stage.layout
     candidates = find_groups(layout, method.scope, method.newline)
-    groups = assign_quotas(candidates, cut.keep, method.count, method.split, initial)
-    dynamic = cut.keep is None
+    targets = image_targets(method, cut, state, readings.runtime.family)
+    split = _each if method.keep_per == "crop" and targets is None else method.split
+    groups = assign_quotas(candidates, cut.keep, method.count, split, initial, targets)
+    dynamic = cut.keep is None and targets is None
     if not groups or not (dynamic or any(group.quota < len(group) for group in groups)):
         return None
     values = {
         probe.name: readings.values(probe, state, stage).to(hidden.device)
         for probe in method.probes(readings.runtime.family)
-        if probe.signal != "decoder_rows" or probe.layer < cut.layer
+        if not probe.signal.startswith("decoder") or probe.layer <= cut.layer
     }
     chosen = [torch.arange(group.quota) for group in groups]
     answers: list[tuple[list[int], Tensor, Tensor | None]] = []
     for ordinals in same_shape(groups):
         group = groups[ordinals[0]]
         if dynamic or 0 < group.quota < len(group):
-            tokens = _tokens(method, cut, hidden, state, [groups[i] for i in ordinals], values)
+            tokens = _tokens(method, cut, hidden, state, [groups[i] for i in ordinals], values, readings.runtime)
             index = method.select(tokens)
             answers.append((ordinals, index, method.merge(tokens, index)))
     # The one transfer: what was chosen decides every length from here on.
@@ -129,6 +133,8 @@ def select_tokens(
             for ordinal, row in zip(ordinals, part.view(index.shape), strict=True):
                 chosen[ordinal] = _checked(method, groups[ordinal], row)
     valid = None if stage.mask is None else stage.mask.cpu()
+    if dynamic and all(torch.equal(index, torch.arange(len(g))) for g, index in zip(groups, chosen, strict=True)):
+        return None
     rows = remaining_rows(layout, valid, groups, chosen, method.newline)
     host = _in_place(rows, layout.length) if cut.hide else stack_left(rows)
     inverse = inverse_index(host, layout.length)
@@ -142,6 +148,10 @@ def select_tokens(
     return Selection(host, host.to(device), inverse.to(device), is_padded, cut.hide, merged)
 
 
+def _each(keep: int, sizes: Sequence[int]) -> list[int]:
+    return [min(keep, size) for size in sizes]
+
+
 def _tokens(
     method: ReductionMethod,
     cut: Cut,
@@ -149,10 +159,13 @@ def _tokens(
     state: PromptState,
     groups: Sequence[Group],
     values: dict[str, Tensor],
+    runtime: Runtime,
 ) -> TokenGroup:
     sample = torch.tensor([group.sample for group in groups]).to(hidden.device)
     position = torch.stack([group.positions for group in groups]).to(hidden.device)
     first = groups[0]
+    stage = state.stages[-1]
+    ids = state.input_ids if stage.index is None else gather_last(state.input_ids, stage.index)
     return TokenGroup(
         hidden=hidden,
         sample=sample,
@@ -163,6 +176,10 @@ def _tokens(
         row=first.row,
         col=first.col,
         grid=first.grid,
+        family=runtime.family,
+        layout=stage.layout,
+        input_ids=ids,
+        tokenizer=runtime.tokenizer,
         seeds=_streams(state, groups) if method.draws else (),
     )
 

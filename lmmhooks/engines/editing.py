@@ -39,14 +39,14 @@ class RowReader:
     rows
         Named row selection (see `AttentionMethod.rows`).
     receive
-        Called with weights ``[B, H, R, N]`` float32, ``[B, R]`` bool that is False for rows that are not its own, and
-        the rows' indices ``[B, R]``; once per block of rows.
+        Called with weights ``[B, H, R, N]`` float32, ``[B, R]`` bool that is False for rows that are not its own,
+        the rows' indices ``[B, R]`` and the call they belong to; once per block of rows.
     edited
         Whether it reads weights after the edits of the methods, or those the model would have without them.
     """
 
     rows: str
-    receive: Callable[[Tensor, Tensor, Tensor], None]
+    receive: Callable[[Tensor, Tensor, Tensor, Edit], None]
     edited: bool = True
 
 
@@ -140,7 +140,7 @@ class Edit:
             weights, before = self.explicit_weights(methods, part, any(not reader.edited for reader in readers))
             for reader in readers:
                 seen = weights if reader.edited or before is None else before
-                reader.receive(seen, part.members[reader.rows], part.index)
+                reader.receive(seen, part.members[reader.rows], part.index, self)
             if methods:
                 blocks.append(apply_weights(weights, self.values))
                 if before is not None and self.state.is_prefill:

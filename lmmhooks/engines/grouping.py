@@ -6,7 +6,7 @@ Everything here is on the CPU, where a layout knows its visual tokens; nothing t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
@@ -113,6 +113,7 @@ def assign_quotas(
     count: Callable[[float, int], int],
     split: Callable[[int, Sequence[int]], list[int]],
     initial: dict[Key, tuple[int, ...]],
+    targets: Mapping[tuple[int, int], int] | None = None,
 ) -> list[Group]:
     """
     Groups with their quotas.
@@ -127,13 +128,19 @@ def assign_quotas(
         The method's rounding of shares, and its split of an image's tokens over crops.
     initial
         `Group.images` at the method's first cut, by group; filled in here when that cut is this one.
+    targets
+        Tokens left of every image, by row of the batch and image; takes the place of ``keep``.
     """
     out: list[Group] = []
     for _, members in groupby(groups, key=lambda group: group.key[:2]):
         image = list(members)
         for group in image:
             initial.setdefault(group.key, group.images)
-        if keep is None:
+        if targets is not None:
+            sample, ordinal, _ = image[0].key
+            left = sum(n for key, n in targets.items() if key[0] == sample and ordinal in (key[1], -1))
+            quotas = split(left, [len(group) for group in image])
+        elif keep is None:
             quotas = [len(group) for group in image]
         elif isinstance(keep, float):
             quotas = [min(len(group), count(keep, sum(initial[group.key]))) for group in image]
@@ -235,8 +242,8 @@ def inverse_index(index: Tensor, length: int) -> Tensor:
     Tensor
         Long ``[B, N]``: the new column, -1 for positions that left.
     """
-    inverse = torch.full((index.shape[0], length + 1), -1)
-    columns = torch.arange(index.shape[1]).expand_as(index)
+    inverse = torch.full((index.shape[0], length + 1), -1, device=index.device)
+    columns = torch.arange(index.shape[1], device=index.device).expand_as(index)
     # Padding writes into a column of its own that is cut off.
     inverse.scatter_(1, torch.where(index < 0, length, index), columns)
     return inverse[:, :length]

@@ -50,6 +50,7 @@ def show_weights(
     weights: Tensor,
     real: Tensor,
     rows: Tensor,
+    edit: Edit,
 ) -> None:
     """Let a method see weights ``[B, H, R, N]`` of a layer it watches."""
     stage = state.stage_at(layer)
@@ -93,6 +94,7 @@ class PromptPreparer:
 
     def attach(self, attachments: Attachments) -> None:
         """Hook the decoder; must come after the hook that follows prompts and before any that shortens them."""
+        self.readings.attach(attachments)
         if self.methods or self.beforehand or self.contrasting:
             attachments.pre_hook(self.runtime.family.text_model, self._enter_text, "language model (preparation)")
 

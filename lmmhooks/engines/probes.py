@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from lmmhooks.engines.editing import Edit
 
 __all__ = ["DecoderProbe", "VisionProbe"]
 
@@ -23,11 +27,14 @@ class DecoderProbe:
         Named row selection (see `AttentionMethod.rows`).
     receive
         Called with weights ``[B, H, R, N]`` float32 and ``[B, R]`` bool that is False for filler rows.
+    hears
+        Called instead, with the rows' indices ``[B, R]`` and the call besides (see `RowReader`).
     """
 
     layer: int
     rows: str
-    receive: Callable[[Tensor, Tensor], None]
+    receive: Callable[[Tensor, Tensor], None] | None = None
+    hears: Callable[[Tensor, Tensor, Tensor, Edit], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -41,7 +48,9 @@ class VisionProbe:
         Vision layer, 0-based.
     kind
         ``"cls"``: the row of the class token, ``[crops, H, patches]`` without the class column, not renormalised.
-        ``"received"``: mean over query rows, ``[crops, H, patches]``; class row and column left out where there is one.
+        ``"cls_wide"``: the same with all heads as one, ``[crops, 1, patches]``. ``"received"``: mean over query rows,
+        ``[crops, H, patches]``, class row and column left out where there is one; ``"global"``: class row not left out.
+        ``"keys"``: ``[crops, H, patches, d]``.
     receive
         Called once per attention call: once per crop batch (CLIP-like), once per image or window (Qwen-like).
     """

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 from transformers.masking_utils import create_causal_mask
 
 from lmmhooks.engines.attach import Attachments
 from lmmhooks.engines.cutting import Selection, select_tokens
+from lmmhooks.engines.limits import refuse_caches, refuse_layers, refuse_rewound
+from lmmhooks.engines.peeking import peek
 from lmmhooks.engines.probes import DecoderProbe, VisionProbe
 from lmmhooks.engines.probing import Readings
 from lmmhooks.engines.sequences import (
@@ -29,7 +30,8 @@ from lmmhooks.engines.sequences import (
     renumbered,
 )
 from lmmhooks.engines.state import PromptState, Stage
-from lmmhooks.errors import ModelError, PromptError
+from lmmhooks.errors import ModelError
+from lmmhooks.methods.probe import Probe
 from lmmhooks.methods.reduction.base import Cut, ReductionMethod
 
 if TYPE_CHECKING:
@@ -62,14 +64,18 @@ class ReductionEngine:
             for cut in method.cuts(family)
             if cut.layer < family.num_layers
         }
-        self.readings = Readings(runtime, [probe for method in methods for probe in method.probes(family)])
+        probes = [(method, probe) for method in methods for probe in method.probes(family)]
+        self.peeked: dict[int, list[Probe]] = {}
+        """Attention of a layer that decides what enters that very layer, by layer."""
+        for method, probe in probes:
+            if probe.signal == "decoder_rows" and self.cuts.get(probe.layer, (None,))[0] is method:
+                self.peeked.setdefault(probe.layer, []).append(probe)
+        peeked = {probe.name for found in self.peeked.values() for probe in found}
+        self.readings = Readings(runtime, [probe for _, probe in probes], peeked)
         self.decoder_probes: list[DecoderProbe] = self.readings.decoder_probes
         self.vision_probes: list[VisionProbe] = self.readings.vision_probes
-        if self.cuts and (odd := _odd_layers(DynamicCache(config=family.text_config))):
-            raise ModelError(
-                f"{type(family.text_model).__name__} has layers whose cache is a {odd}, which counts tokens that a "
-                "reduction removes; reduction needs layers that all see everything"
-            )
+        if self.cuts:
+            refuse_layers(family, "reduction")
         renumbers = any(layer > 0 and method.repacks(family) for layer, (method, _) in self.cuts.items())
         if renumbers and not hasattr(family.text_model, "rotary_emb"):
             raise ModelError(
@@ -95,6 +101,7 @@ class ReductionEngine:
                 family.layers[layer], partial(self._add_deepstack, layer), f"deepstack of decoder layer {layer}"
             )
         attachments.pre_hook(family.norm, self._restore, "final norm (restores the full length)")
+        self.readings.attach(attachments)
 
     # -- before the decoder -------------------------------------------------------------------------------------------
 
@@ -104,7 +111,7 @@ class ReductionEngine:
             return None
         if not state.is_prefill:
             return args, self._continue_text(state, kwargs)
-        _refuse_unsupported(kwargs)
+        refuse_caches(kwargs, "reduction")
         kwargs = dict(kwargs)
         if 0 in self.cuts:
             self._cut_text(state, kwargs)
@@ -144,7 +151,7 @@ class ReductionEngine:
     def _continue_text(self, state: PromptState, kwargs: dict[str, Any]) -> dict[str, Any]:
         positions = kwargs.get("position_ids")
         if state.num_queries > 1 and positions is not None:
-            _refuse_rewound(state, positions)
+            refuse_rewound(state, positions, "a reduction before the decoder")
         first = state.stages[0]
         if first.index is None:
             return kwargs
@@ -174,13 +181,16 @@ class ReductionEngine:
         return args, {**kwargs, "hidden_states": hidden}
 
     def _cut_layer(self, layer: int, state: PromptState, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        previous = state.stages[-1]
+        inputs = previous.scratch.get("inputs", kwargs)
+        for probe in self.peeked.get(layer, ()):
+            rest = {**kwargs, **inputs}
+            peek(self.runtime, layer, hidden, rest, probe.rows, partial(self.readings.hear_rows, probe))
         cut = self._select(layer, state, hidden)
         if cut is None:
             return hidden
         family = self.runtime.family
         repacks = self.cuts[layer][0].repacks(family)
-        previous = state.stages[-1]
-        inputs = previous.scratch.get("inputs", kwargs)
         stage = self._begin_stage(layer, state, cut)
         state.stages.append(stage)
         positions, angles = inputs.get("position_ids"), inputs.get("position_embeddings")
@@ -281,39 +291,3 @@ class ReductionEngine:
         output = output.clone()
         output[mask] = output[mask] + features[layer].to(output.device, output.dtype)
         return output
-
-
-def _odd_layers(cache: Any) -> str:
-    """Names of cache layers that do not simply hold every token."""
-    return ", ".join(sorted({type(layer).__name__ for layer in getattr(cache, "layers", ())} - {"DynamicLayer"}))
-
-
-def _refuse_unsupported(kwargs: dict[str, Any]) -> None:
-    """Caches whose layers cannot differ in length, and masks that are already prepared for one."""
-    cache = kwargs.get("past_key_values")
-    if cache is not None:
-        odd = _odd_layers(cache)
-        if not isinstance(cache, DynamicCache) or odd or cache.offloading:
-            kind = "offloaded" if getattr(cache, "offloading", False) else odd
-            raise PromptError(
-                f"reduction was given a {type(cache).__name__} ({kind}), whose layers cannot differ in length; "
-                "leave out cache_implementation, or pass a plain DynamicCache"
-            )
-    mask = kwargs.get("attention_mask")
-    if mask is not None and (isinstance(mask, dict) or mask.dim() != 2):
-        shape = "a dict" if isinstance(mask, dict) else f"of shape {tuple(mask.shape)}"
-        raise PromptError(f"reduction needs an attention_mask [batch, length] with 0 for padding; it was given {shape}")
-
-
-def _refuse_rewound(state: PromptState, position_ids: Tensor) -> None:
-    """Tokens that do not continue the prompt: the caller counts cache entries, which a reduction has removed."""
-    assert state.next_position is not None
-    last = position_ids[..., -1]
-    last = last[-3:].amax(dim=0) if last.dim() == 2 else last
-    expected = state.next_position + state.grown - 1
-    if bool((last.to(expected.device) != expected).any()):
-        raise PromptError(
-            f"{state.num_queries} new tokens end at position {int(last.max())} instead of {int(expected.max())}: "
-            "generate() continues an earlier cache by its length, which a reduction before the decoder has changed; "
-            "pass the whole conversation with an empty cache"
-        )

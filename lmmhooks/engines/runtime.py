@@ -192,6 +192,7 @@ class Runtime:
             edits,
             [*self.probes, *(reduction.decoder_probes if reduction else ())],
             [*preparer.vision_probes, *(reduction.vision_probes if reduction else ())],
+            reduction.peeked if reduction else (),
         ).attach(attach)
         if steers:
             from lmmhooks.engines.steering import SteeringEngine

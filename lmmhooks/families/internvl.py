@@ -53,8 +53,9 @@ class InternVLFamily(Family):
         return ImageTokens.raster([(side, side)] * tiles)
 
     def tower_to_tokens(self, per_patch: Sequence[Tensor], vision: VisionInputs) -> list[Tensor]:
-        scores = torch.cat(list(per_patch))
-        tiles = scores.reshape(-1, self._side, self._side, 1)
+        features = torch.cat(list(per_patch))
+        tiles = features.reshape(-1, self._side, self._side, features.shape[-1])
         # The model's own shuffle puts the patches of a token side by side in the last dimension.
-        tokens = self.core.pixel_shuffle(tiles, scale_factor=self.model.config.downsample_ratio).mean(dim=-1).flatten(1)
-        return [image.flatten() for image in tokens.split(self.crops_of(vision))]
+        shuffled = self.core.pixel_shuffle(tiles, scale_factor=self.model.config.downsample_ratio)
+        tokens = shuffled.unflatten(-1, (-1, features.shape[-1])).mean(dim=-2).flatten(1, 2)
+        return [image.flatten(0, 1) for image in tokens.split(self.crops_of(vision))]

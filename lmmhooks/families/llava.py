@@ -23,6 +23,15 @@ class LlavaFamily(Family):
     """LLaVA 1.5: ``(image_size / patch_size)`` squared tokens per image in raster order."""
 
     model_types: ClassVar[tuple[str, ...]] = ("llava",)
+    projects_patches: ClassVar[bool] = True
+
+    @property
+    def tokens_per_image(self) -> int | None:
+        config = self.vision.config
+        # Pixtral towers keep the aspect ratio; the others have a class token or a fixed grid.
+        if config.model_type == "pixtral":
+            return None
+        return (config.image_size // config.patch_size) ** 2
 
     def _grid(self, vision: VisionInputs, source: int) -> tuple[int, int]:
         config = self.vision.config
@@ -57,13 +66,13 @@ class LlavaFamily(Family):
         return tokens
 
     def tower_to_tokens(self, per_patch: Sequence[Tensor], vision: VisionInputs) -> list[Tensor]:
-        scores = torch.cat(list(per_patch))
+        features = torch.cat(list(per_patch))
         if vision.kwargs.get("image_sizes") is not None:
             sizes = [rows * cols for rows, cols in (self._grid(vision, i) for i in range(vision.num_images))]
-            return list(scores.flatten().split(sizes))
+            return list(features.flatten(0, 1).split(sizes))
         if self._keeps_cls(vision):
-            scores = torch.nn.functional.pad(scores, (1, 0), value=float("nan"))
-        return list(scores)
+            features = torch.nn.functional.pad(features, (0, 0, 1, 0), value=float("nan"))
+        return list(features)
 
     def unpack_pixels(self, vision: VisionInputs) -> list[Tensor]:
         images = super().unpack_pixels(vision)

@@ -25,6 +25,7 @@ class LlavaNextFamily(Family):
     """LLaVA-NeXT: crop 0 is the base, crop ``1 + i`` the tile i in raster order; newline tokens have no place."""
 
     model_types: ClassVar[tuple[str, ...]] = ("llava_next",)
+    projects_patches: ClassVar[bool] = True
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
@@ -74,11 +75,11 @@ class LlavaNextFamily(Family):
         )
 
     def tower_to_tokens(self, per_patch: Sequence[Tensor], vision: VisionInputs) -> list[Tensor]:
-        # Scores travel through the packing like features: where it interpolates features, it interpolates scores.
-        scores = torch.cat(list(per_patch)).float().unsqueeze(-1)
-        images = list(scores.split(self.crops_of(vision)))
-        packed = self._pack(images, vision, range(len(images)), scores.new_full((1,), float("nan")))
-        return [image.squeeze(-1) for image in packed]
+        # Readings travel through the packing like features: where it interpolates features, it interpolates them too.
+        features = torch.cat(list(per_patch)).float()
+        images = list(features.split(self.crops_of(vision)))
+        newline = features.new_full((features.shape[-1],), float("nan"))
+        return list(self._pack(images, vision, range(len(images)), newline))
 
     def unpack_pixels(self, vision: VisionInputs) -> list[Tensor]:
         pixels = vision.kwargs[vision.pixels_name]

@@ -65,10 +65,9 @@ class LlavaOnevisionFamily(LlavaNextFamily):
     def tower_to_tokens(self, per_patch: Sequence[Tensor], vision: VisionInputs) -> list[Tensor]:
         if vision.modality == "image":
             return super().tower_to_tokens(per_patch, vision)
-        scores = torch.cat(list(per_patch)).float().unsqueeze(-1)
-        pooled = self.core.apply_pooling(scores).squeeze(-1)
-        newline = pooled.new_full((1,), float("nan"))
-        return [torch.cat([video.flatten(), newline]) for video in pooled.split(self.crops_of(vision))]
+        pooled = self.core.apply_pooling(torch.cat(list(per_patch)).float())
+        newline = pooled.new_full((1, pooled.shape[-1]), float("nan"))
+        return [torch.cat([video.flatten(0, 1), newline]) for video in pooled.split(self.crops_of(vision))]
 
     def _pack(
         self, images: list[Tensor], vision: VisionInputs, sources: Sequence[int], newline: Tensor

@@ -45,7 +45,7 @@ class Qwen2VLFamily(Family):
 
     def tower_to_tokens(self, per_patch: Sequence[Tensor], vision: VisionInputs) -> list[Tensor]:
         # One piece per image or window, of different lengths.
-        patches = torch.cat([piece.flatten() for piece in per_patch])
+        patches = torch.cat([piece.flatten(0, 1) for piece in per_patch])
         merged = patches.unflatten(0, (-1, self.vision.spatial_merge_size**2)).mean(dim=1)
         return list(self._raster(merged, vision).split([t * h * w for t, h, w in self._grids(vision)]))
 

@@ -2,34 +2,115 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-__all__ = ["Probe"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lmmhooks.layout import Layout
+
+__all__ = ["Probe", "RowsRead"]
+
+Signal = Literal[
+    "vision_cls",
+    "vision_cls_wide",
+    "vision_received",
+    "vision_global",
+    "vision_keys",
+    "vision_states",
+    "vision_cls_state",
+    "tower_kept",
+    "decoder_rows",
+    "decoder_states",
+]
+
+
+@dataclass(frozen=True, eq=False)
+class RowsRead:
+    """
+    Attention of some prompt rows of one decoder layer, for `Probe.reduce`; long prompts come in blocks of rows.
+
+    Attributes
+    ----------
+    weights
+        ``[B, H, R, N]`` float32 after the softmax.
+    members
+        ``[B, R]`` bool: False for rows that only fill the block.
+    rows
+        ``[B, R]`` long: where they stand in the sequence.
+    key, value
+        ``[B, Hkv, N, d]`` as attention uses them, after rotary embedding.
+    layer
+        0-based.
+    layout
+        Of the sequence this layer sees.
+    family
+        The resolved model family.
+    read
+        Value of another probe of the method that lies before this layer, in the coordinates of this sequence.
+    memory
+        Private to the probe and emptied at every new prompt.
+    """
+
+    weights: Tensor
+    members: Tensor
+    rows: Tensor
+    key: Tensor
+    value: Tensor
+    layer: int
+    layout: Layout
+    family: Any
+    read: Callable[[Probe], Tensor]
+    memory: dict[Any, Any]
 
 
 @dataclass(frozen=True)
 class Probe:
     """
-    A signal that a method scores tokens by. Head mean, after the softmax, float32 in the decoder, not renormalised.
+    A signal that a method scores tokens by; attention is taken after the softmax and not renormalised.
 
     Attributes
     ----------
     signal
-        ``"vision_cls"``: attention of the class token in vision layer ``layer``. ``"vision_received"``: mean
-        attention a patch receives there. ``"decoder_rows"``: attention that prompt rows of decoder layer ``layer``
-        pay, mean over the rows.
+        One number per token, head mean: ``"vision_cls"``, attention of the class token in vision layer ``layer``;
+        ``"vision_cls_wide"``, the same as if all heads were one (PruMerge); ``"vision_received"``, mean attention a
+        patch receives from patches, ``"vision_global"`` from patches and class token; ``"tower_kept"``, 1 for tokens
+        that came through a reduction inside the tower.
+
+        A vector per token: ``"vision_states"``, output of vision layer ``layer``; ``"vision_cls_state"``, that of the
+        class token of the token's crop; ``"vision_keys"``, keys there, heads side by side, with bias, after rotary
+        embedding where the tower has one; ``"decoder_states"``, input of decoder layer ``layer``.
+
+        ``"decoder_rows"``: attention that prompt rows of decoder layer ``layer`` pay, mean over rows and heads, or
+        whatever ``reduce`` makes of it.
     layer
-        Vision or decoder layer, 0-based. A decoder layer must lie before the cut that reads it.
+        Vision or decoder layer, 0-based. A decoder layer must lie before the cut that reads it. Attention of the very
+        layer before which the cut happens is computed for the rows alone, on what is about to enter it.
     rows
         For ``"decoder_rows"``: ``"last"`` prompt row, text rows ``"after_image"``, or ``"all"``.
+    reduce
+        For ``"decoder_rows"``: what is kept, ``[B, C, N]`` or ``[B, N]``, summed over the blocks of rows.
+    label
+        Tells probes with different ``reduce`` apart.
     """
 
-    signal: Literal["vision_cls", "vision_received", "decoder_rows"]
+    signal: Signal
     layer: int
     rows: Literal["last", "after_image", "all"] = "last"
+    reduce: Callable[[RowsRead], Tensor] | None = None
+    label: str = ""
 
     @property
     def name(self) -> str:
         """Key of its values, such as ``"decoder_rows[1, last]"``."""
-        return f"{self.signal}[{self.layer}{f', {self.rows}' if self.signal == 'decoder_rows' else ''}]"
+        details = [str(self.layer), *([self.rows, self.label] if self.signal == "decoder_rows" else [])]
+        return f"{self.signal}[{', '.join(part for part in details if part)}]"
+
+    @property
+    def is_scalar(self) -> bool:
+        """One number per token; otherwise values carry a last dimension."""
+        if self.signal == "decoder_rows":
+            return self.reduce is None
+        return self.signal not in ("vision_states", "vision_cls_state", "vision_keys", "decoder_states")

@@ -20,11 +20,14 @@ from lmmhooks.methods.probe import Probe
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["CropwiseMethod", "Cut", "Newline", "Positions", "ReductionMethod", "Scope", "TokenGroup"]
+    from lmmhooks.layout import Layout
+
+__all__ = ["BudgetUnit", "CropwiseMethod", "Cut", "Newline", "Positions", "ReductionMethod", "Scope", "TokenGroup"]
 
 Positions = Literal["auto", "keep", "repack"]
 Newline = Literal["drop", "keep_per_row", "per_kept_row", "rank"]
 Scope = Literal["crop", "image", "sample"]
+BudgetUnit = Literal["average", "kept", "flops", "kv"]
 
 _NEWLINE_HELP = (
     "Newline and other tokens that show no place in the image, once the image loses tokens: 'drop' them as most "
@@ -44,7 +47,7 @@ class Cut:
         Decoder layer, 0-based; the cut happens on its input. 0: after the projector, before any decoder layer.
     keep
         What stays: an int counts tokens per image; a float in (0, 1] is a share of the tokens every group had at the
-        method's first cut; None leaves the number to :meth:`ReductionMethod.select`.
+        method's first cut; None leaves the number to :meth:`ReductionMethod.select`. A budget takes its place.
     hide
         Nothing leaves the sequence; the keys of dropped tokens are hidden from this layer on instead. For ablations: it
         saves neither time nor memory, and gives every surviving token the same states.
@@ -75,11 +78,19 @@ class TokenGroup:
     layer
         Decoder layer before which the cut happens.
     probes
-        Values of the method's probes by `Probe.name`, ``[G, V]`` each.
+        Values of the method's probes by `Probe.name`, ``[G, V]`` each, ``[G, V, C]`` for those that are no scalars.
     row, col
         ``[V]`` long, CPU: cell of every token in its crop's grid, shared by the groups; -1 where unknown.
     grid
         Rows and columns of the crop's full token grid; None when unknown or when a group spans several crops.
+    family
+        The resolved model family; `Family.project` turns features of the tower into states.
+    layout
+        Of the whole sequence at the cut: masks ``[B, N]``.
+    input_ids
+        ``[B, N]`` of it; 0 for padding.
+    tokenizer
+        Of the processor that was given to ``wrap``; None without one.
     seeds
         For methods with `ReductionMethod.draws`: an integer per group, a hash of the prompt's token ids and of the
         group's ordinal; the same on every device and in every batch that the prompt appears in. Empty otherwise.
@@ -94,6 +105,10 @@ class TokenGroup:
     row: Tensor
     col: Tensor
     grid: tuple[int, int] | None
+    family: Any
+    layout: Layout
+    input_ids: Tensor
+    tokenizer: Any = None
     seeds: tuple[int, ...] = ()
 
     @cached_property
@@ -119,7 +134,23 @@ class ReductionMethod(Method):
     keep: int | float | None = setting(
         None,
         help="Visual tokens kept: a count per image (128), or a share in (0, 1] of the tokens of every crop, image or "
-        "prompt, whichever the method reduces on its own. Required.",
+        "prompt, whichever the method reduces on its own. Required, unless there is a budget.",
+    )
+    keep_per: Literal["image", "crop", "prompt"] = setting(
+        "image",
+        help="What an integer keep or budget counts: tokens per 'image' (or video), per 'crop' (or frame), or in the "
+        "whole 'prompt', shared out in proportion to what every image has.",
+    )
+    budget: int | float | None = setting(
+        None,
+        help="Instead of keep: what the prompt may cost in budget_unit, met exactly whatever the method's cuts. A count "
+        "of tokens (192), or a share in (0, 1] of what the prompt costs unreduced.",
+    )
+    budget_unit: BudgetUnit = setting(
+        "average",
+        help="'average': visual tokens entering a decoder layer, mean over layers, the figure that compares methods; "
+        "'kept': visual tokens after the last cut; 'flops': decoder FLOPs of the prompt; 'kv': bytes of keys and "
+        "values. The last two are shares.",
     )
     positions: Positions = setting(
         "auto",
@@ -133,6 +164,24 @@ class ReductionMethod(Method):
             share = isinstance(self.keep, float) and 0 < self.keep <= 1
             count = isinstance(self.keep, int) and not isinstance(self.keep, bool) and self.keep >= 0
             self._require(share or count, "keep", "a token count >= 0 or a share in (0, 1]")
+        self._require(self.keep_per in ("image", "crop", "prompt"), "keep_per", "'image', 'crop' or 'prompt'")
+        self._require(
+            self.keep_per != "crop" or self.scope == "crop",
+            "keep_per",
+            f"'image' or 'prompt': {self.id} does not reduce crops on their own",
+        )
+        units = ("average", "kept", "flops", "kv")
+        self._require(self.budget_unit in units, "budget_unit", "one of " + ", ".join(map(repr, units)))
+        if self.budget is not None:
+            share = isinstance(self.budget, float) and 0 < self.budget <= 1
+            tokens = isinstance(self.budget, int) and not isinstance(self.budget, bool) and self.budget > 0
+            counted = self.budget_unit in ("average", "kept")
+            self._require(
+                share or (tokens and counted),
+                "budget",
+                "a share in (0, 1]"
+                + (" or a token count > 0" if counted else f" for budget_unit={self.budget_unit!r}"),
+            )
         self._require(self.positions in ("auto", "keep", "repack"), "positions", "'auto', 'keep' or 'repack'")
         allowed = ("drop", "keep_per_row", "per_kept_row") + (("rank",) if self.scope != "crop" else ())
         self._require(self.newline in allowed, "newline", "one of " + ", ".join(map(repr, allowed)))
@@ -144,7 +193,8 @@ class ReductionMethod(Method):
 
     @property
     def is_identity(self) -> bool:
-        return isinstance(self.keep, float) and self.keep == 1.0
+        given = self.keep if self.budget is None else self.budget
+        return isinstance(given, float) and given == 1.0
 
     def check(self, family: Any) -> None:
         if self.positions == "repack" and family.mrope:
@@ -157,6 +207,7 @@ class ReductionMethod(Method):
                 f"{self.id}: newline='rank' needs a score for newline tokens, which the vision tower never saw; "
                 "use 'drop', 'keep_per_row' or 'per_kept_row'"
             )
+        self._check_amount(family)
         for cut in self.cuts(family):
             if cut.hide and self.repacks(family):
                 raise MethodError(
@@ -164,14 +215,54 @@ class ReductionMethod(Method):
                     "hidden; use positions='keep'"
                 )
 
+    def _check_amount(self, family: Any) -> None:
+        """Refuse counts no image of this model has, and budgets that the layers before the first cut exceed."""
+        most, name = family.tokens_per_image, "keep" if self.budget is None else "budget"
+        given = getattr(self, name)
+        if isinstance(given, int) and most is not None and given > most and self.keep_per != "prompt":
+            raise MethodError(
+                f"{self.id}: {name}={given} is more than the {most} visual tokens an image has on {family.name}; give "
+                f"at most {most}"
+            )
+        first = min((cut.layer for cut in self.cuts(family)), default=0)
+        least = first / family.num_layers
+        if isinstance(self.budget, float) and self.budget_unit == "average" and self.budget < least:
+            raise MethodError(
+                f"{self.id}: budget={self.budget} cannot be met by cuts from layer {first} on: the {first} layers before "
+                f"them come to {least:.4g} of all {family.num_layers}; give at least that, or cut earlier"
+            )
+
     def repacks(self, family: Any) -> bool:
         """Whether survivors are renumbered on this model."""
         return self.positions == "repack" or (self.positions == "auto" and not family.mrope)
 
     def cuts(self, family: Any) -> list[Cut]:
         """Where and how far the prompt shrinks; past the last layer is nowhere. Default: once, before the decoder."""
-        self._require(self.keep is not None, "keep", "a token count or a share in (0, 1]; give one")
+        self._require(
+            self.keep is not None or self.budget is not None,
+            "keep",
+            "a token count or a share in (0, 1]; give one, or a budget",
+        )
         return [Cut(0, self.keep)]
+
+    def shares(self, ratio: float, family: Any) -> dict[int, float]:
+        """
+        How a budget shapes the cuts.
+
+        Parameters
+        ----------
+        ratio
+            In [0, 1]: what the budget is solved for.
+        family
+            The model family.
+
+        Returns
+        -------
+        dict
+            Share of the prompt's visual tokens left from each cut on, by its layer; must not fall where ``ratio``
+            rises. Default: ``ratio`` to the power of the cut's ordinal, counted from 1.
+        """
+        return {cut.layer: ratio ** (ordinal + 1) for ordinal, cut in enumerate(self.cuts(family))}
 
     def probes(self, family: Any) -> list[Probe]:
         """Signals the selection needs."""
@@ -239,24 +330,9 @@ class CropwiseMethod(ReductionMethod):
     A reducer that treats every crop (tile, frame) on its own, as methods that score inside the vision tower do.
 
     Papers on any-resolution models count tokens per crop ("2880 -> 320" is 64 in each of 5 crops); ``keep`` counts per
-    image unless ``keep_per='crop'``.
+    image, split evenly over the crops, unless ``keep_per='crop'``.
     """
-
-    keep_per: Literal["image", "crop"] = setting(
-        "image",
-        help="What an integer keep counts: 'image' splits it evenly over the crops, remainder to the first; 'crop' "
-        "keeps that many of each crop, as the tables of papers on any-resolution models do.",
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._require(self.keep_per in ("image", "crop"), "keep_per", "'image' or 'crop'")
 
     @property
     def scope(self) -> Scope:
         return "crop"
-
-    def split(self, keep: int, sizes: Sequence[int]) -> list[int]:
-        if self.keep_per == "crop":
-            return [min(keep, size) for size in sizes]
-        return super().split(keep, sizes)

@@ -37,10 +37,6 @@ class Random(CropwiseMethod):
     )
     per_crop: bool = setting(True, help="Draw from every crop on its own; False: pool the crops of an image.")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._require(self.per_crop or self.keep_per == "image", "keep_per", "'image' where crops are pooled")
-
     @property
     def scope(self) -> Scope:
         return "crop" if self.per_crop else "image"
