@@ -180,7 +180,7 @@ class Family(ModelInputs, LayerParts):
         Returns
         -------
         list of Tensor
-            One float tensor ``[tokens, C]`` per image, in sequence order; NaN for tokens that show no place in the image.
+            One float tensor ``[tokens, C]`` per image, in sequence order; NaN for tokens that show no place in it.
 
         Raises
         ------
