@@ -143,8 +143,8 @@ class ReductionMethod(Method):
     )
     budget: int | float | None = setting(
         None,
-        help="Instead of keep: what the prompt may cost in budget_unit, met exactly whatever the method's cuts. A count "
-        "of tokens (192), or a share in (0, 1] of what the prompt costs unreduced.",
+        help="Instead of keep: what the prompt may cost in budget_unit, met exactly whatever the method's cuts. A "
+        "count of tokens (192), or a share in (0, 1] of what the prompt costs unreduced.",
     )
     budget_unit: BudgetUnit = setting(
         "average",
@@ -228,8 +228,8 @@ class ReductionMethod(Method):
         least = first / family.num_layers
         if isinstance(self.budget, float) and self.budget_unit == "average" and self.budget < least:
             raise MethodError(
-                f"{self.id}: budget={self.budget} cannot be met by cuts from layer {first} on: the {first} layers before "
-                f"them come to {least:.4g} of all {family.num_layers}; give at least that, or cut earlier"
+                f"{self.id}: budget={self.budget} cannot be met by cuts from layer {first} on: the {first} layers "
+                f"before them come to {least:.4g} of all {family.num_layers}; give at least that, or cut earlier"
             )
 
     def repacks(self, family: Any) -> bool:
