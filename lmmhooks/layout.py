@@ -138,6 +138,11 @@ class Layout:
         return (self.visual.cumsum(dim=1) > 0) & self.valid & ~self.visual
 
     @cached_property
+    def after_last_image(self) -> Tensor:
+        """Bool ``[B, N]``: text, prompt or generated, that has no visual token after it in its row."""
+        return (self.visual.flip(1).cumsum(dim=1).flip(1) == 0) & self.valid
+
+    @cached_property
     def last(self) -> Tensor:
         """Bool ``[B, N]``: the last position of each row that is not padding; nothing in a row of padding only."""
         seen_from_right = self.valid.flip(1).cumsum(dim=1).flip(1)

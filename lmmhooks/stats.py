@@ -98,7 +98,8 @@ class Stats:
         layers = []
         for layer in range(shape.layers):
             stage = state.stage_at(layer)
-            length = stage.layout.length - state.grown
+            pressed = state.pressed.get(layer)
+            length = stage.layout.length - state.grown if pressed is None else pressed.length
             moved = state.moved.get(layer)
             layers.append(
                 LayerStats(

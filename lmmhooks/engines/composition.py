@@ -10,6 +10,7 @@ from lmmhooks.methods.attention.base import AttentionMethod
 from lmmhooks.methods.base import Method
 from lmmhooks.methods.decoding.base import DecodingMethod
 from lmmhooks.methods.reduction.base import ReductionMethod
+from lmmhooks.methods.reduction.caching import CacheMethod
 
 __all__ = ["check_composition"]
 
@@ -31,7 +32,8 @@ def check_composition(family: Any, present: Sequence[Method], added: Sequence[Me
     ------
     MethodError
         The same method twice, two reducers at one boundary, two decoding methods, two that compare heads with a
-        reading without images, or a declared conflict; the text says which and what to do.
+        reading without images, key/value compression twice or beside edits of answers' attention, or a declared
+        conflict; the text says which and what to do.
     """
     known: list[Method] = list(present)
     for new in added:
@@ -53,6 +55,14 @@ def _conflict(family: Any, old: Method, new: Method) -> str | None:
         return "both define the next-token logits"
     if all(any(_contrasts_text(part) for part in method.parts()) for method in (old, new)):
         return "both compare heads with a reading without images, which gets the gains of one method"
+    presses = [method for method in (old, new) if isinstance(method, CacheMethod)]
+    if len(presses) == 2:
+        return "both compress the keys and values of the prompt"
+    if presses and any(_edits_answers(part) for method in (old, new) for part in method.parts()):
+        return (
+            "one edits the attention that answers pay to positions of the prompt, of which the other leaves different "
+            "ones to every head"
+        )
     if isinstance(old, ReductionMethod) and isinstance(new, ReductionMethod):
         shared = {cut.layer for cut in old.cuts(family)} & {cut.layer for cut in new.cuts(family)}
         if shared:
@@ -61,6 +71,10 @@ def _conflict(family: Any, old: Method, new: Method) -> str | None:
             )
             return f"both remove tokens {where}"
     return None
+
+
+def _edits_answers(part: Method) -> bool:
+    return isinstance(part, AttentionMethod) and part.on_decode and bool(part.edits)
 
 
 def _contrasts_text(part: Method) -> bool:

@@ -34,8 +34,10 @@ from lmmhooks.methods.attention.steering import SteeringMethod
 from lmmhooks.methods.base import Method
 from lmmhooks.methods.decoding.base import DecodingMethod
 from lmmhooks.methods.reduction.base import ReductionMethod
+from lmmhooks.methods.reduction.caching import CacheMethod
 
 if TYPE_CHECKING:
+    from lmmhooks.engines.caching import CacheEngine
     from lmmhooks.engines.reduction import ReductionEngine
     from lmmhooks.patch import Patch
 
@@ -168,7 +170,9 @@ class Runtime:
         attach = self.attachments
         reducers = of_kind(methods, ReductionMethod)
         branching = of_kind(methods, DecodingMethod)
+        presses = of_kind(methods, CacheMethod)
         reduction: ReductionEngine | None = None
+        caching: CacheEngine | None = None
         if branching:
             from lmmhooks.engines.decoding import BranchEngine
 
@@ -187,10 +191,16 @@ class Runtime:
             reduction = ReductionEngine(self, reducers)
             # Before the attention engine: an observer of layer k must see the sequence that layer k sees.
             reduction.attach(attach)
+        if presses:
+            from lmmhooks.engines.caching import CacheEngine
+
+            caching = CacheEngine(self, presses)
+            caching.attach(attach)
+        probes = [probe for engine in (reduction, caching) if engine for probe in engine.decoder_probes]
         AttentionEngine(
             self,
             edits,
-            [*self.probes, *(reduction.decoder_probes if reduction else ())],
+            [*self.probes, *probes],
             [*preparer.vision_probes, *(reduction.vision_probes if reduction else ())],
             reduction.peeked if reduction else (),
         ).attach(attach)
@@ -269,7 +279,8 @@ class Runtime:
         state.begin_step(num_new, cached)
         self.current = self.last = state
         first = state.stages[0]
-        if first.removed is None or kwargs.get("position_ids") is not None or state.next_position is None:
+        shortened = first.removed is not None or 0 in state.pressed
+        if not shortened or kwargs.get("position_ids") is not None or state.next_position is None:
             return None
         # The model would count positions from the shortened cache; continue where the full prompt ended.
         steps = torch.arange(state.grown - num_new, state.grown, device=state.next_position.device)

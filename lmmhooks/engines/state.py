@@ -13,7 +13,32 @@ from lmmhooks.engines.rows import RowPlan, all_rows, plan_rows
 from lmmhooks.errors import PromptError
 from lmmhooks.layout import Layout
 
-__all__ = ["PromptState", "Stage"]
+__all__ = ["Pressed", "PromptState", "Stage"]
+
+
+@dataclass(frozen=True, eq=False)
+class Pressed:
+    """
+    What the cache of one decoder layer holds of a prompt whose keys and values were compressed after it was read.
+
+    Entries differ from head to head, so that there is no layout of them.
+
+    Attributes
+    ----------
+    length
+        Entries per row and head, fillers included.
+    mask
+        ``[B, length]`` bool, False for fillers; None when there are none.
+    """
+
+    length: int
+    mask: Tensor | None
+
+    def mask_after(self, grown: int) -> Tensor | None:
+        """``[B, length + grown]`` padding mask once as many tokens followed; None when nothing is padded."""
+        if self.mask is None:
+            return None
+        return torch.cat([self.mask, self.mask.new_ones(self.mask.shape[0], grown)], dim=1)
 
 
 @dataclass
@@ -76,21 +101,34 @@ class Stage:
 
 
 def select_rows(layout: Layout, name: str) -> Tensor:
-    """``[B, N]`` bool of a named row selection of a prompt; ``"instruction:32"``: the last 32 rows of one."""
+    """
+    ``[B, N]`` bool of a named row selection of a prompt.
+
+    ``"instruction:32"``: the last 32 rows of one; ``"after_last_image+8"``: one, and the last 8 rows in any case.
+    """
+    if "+" in name:
+        name, _, least = name.partition("+")
+        return select_rows(layout, name) | _last_rows(layout.valid, int(least))
     name, _, most = name.partition(":")
     if most:
-        rows = select_rows(layout, name)
-        # Counted from the end of each sample, whose number of rows is its own.
-        return rows & (rows.flip(1).cumsum(dim=1).flip(1) <= int(most))
+        return _last_rows(select_rows(layout, name), int(most))
     if name == "after_image":
         return layout.after_image
+    if name == "after_last_image":
+        return layout.after_last_image
     if name == "last":
         return layout.last
     if name == "instruction":
         return layout.instruction
     if name == "all":
         return layout.valid
-    raise PromptError(f"no row selection is called {name!r}; there are: after_image, instruction, last, all")
+    names = "after_image, after_last_image, instruction, last, all"
+    raise PromptError(f"no row selection is called {name!r}; there are: {names}")
+
+
+def _last_rows(rows: Tensor, num: int) -> Tensor:
+    """The last of some rows ``[B, N]`` of each sample, whose number of them is its own."""
+    return rows & (rows.flip(1).cumsum(dim=1).flip(1) <= num)
 
 
 class PromptState:
@@ -120,6 +158,8 @@ class PromptState:
         """``[B]`` position the first token after the prompt has in the unpatched model."""
         self.grown = 0
         """Tokens that entered after the prompt."""
+        self.pressed: dict[int, Pressed] = {}
+        """Decoder layers whose cache no longer holds what the layer's stage says of the prompt."""
         self.moved: dict[int, Tensor] = {}
         """Per layer, mean attention mass that edits moved in the prompt (total variation, in [0, 1])."""
         self._layout: Layout | None = None
@@ -148,6 +188,12 @@ class PromptState:
                 return stage
         raise PromptError(f"no layout for decoder layer {layer}: the language model ran before its prompt was read")
 
+    @property
+    def cached(self) -> int:
+        """Entries in the first layer's cache."""
+        first = self.pressed.get(0)
+        return self.stages[0].layout.length if first is None else first.length + self.grown
+
     def begin_step(self, num_queries: int, cached: int) -> None:
         """
         A forward that continues the prompt begins.
@@ -166,7 +212,7 @@ class PromptState:
         """
         self.is_prefill = False
         self.num_queries = num_queries
-        known = self.stages[0].layout.length
+        known = self.cached
         if cached < known:
             for stage in self.stages:
                 stage.shrink(known - cached)

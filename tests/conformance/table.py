@@ -38,12 +38,15 @@ class Row:
         Whether logits of a prompt with an image must differ from the unpatched model; False: they must be equal.
     refused
         Family to a part of the reason for which wrap refuses it.
+    after_prompt
+        It acts on what follows the prompt: logits of the prompt itself must be equal, those of the answer differ.
     measured
         For a `lmmhooks.family.Family`, settings that `lmmhooks calibrate` would have left on record, by name.
     """
 
     spec: str
     changes: bool = True
+    after_prompt: bool = False
     refused: dict[str, str] = field(default_factory=dict)
     measured: Callable[[Any], dict[str, Any]] | None = None
 
@@ -69,6 +72,8 @@ ROWS: dict[str, Row] = {
     "uniform-grid": Row("uniform-grid(keep=4)"),
     "fastervlm": Row("fastervlm(keep=4)"),
     "fastv": Row("fastv(keep=4)"),
+    "look-m": Row("look-m(hh_ratio=0.5)", after_prompt=True),
+    "vl-cache": Row("vl-cache(alpha=0.3)", after_prompt=True),
     "decoding-identity": Row("decoding-identity", changes=False),
     "vcd": Row("vcd(beta=0.0)"),
     "pai-guidance": Row("pai-guidance(gamma=1.5, beta=0.0)"),
