@@ -81,10 +81,12 @@ def _load(record: dict[str, Any]) -> list[str]:
     return ["shared machine" if load is None else f"load {load:.1f} before"]
 
 
-def bench() -> str:
-    """Write one table per benchmark file, headed by what was run where."""
+def bench(names: str = "") -> str:
+    """Write one table per benchmark file whose name begins so, headed by what was run where."""
     parts = []
     for path, record in records("bench"):
+        if not path.name.startswith(names):
+            continue
         environment = record["environment"]
         versions = environment["versions"]
         dirty = " with uncommitted changes" if environment["dirty"] else ""
@@ -130,6 +132,11 @@ def bench() -> str:
     return "\n".join(parts)
 
 
+def speed() -> str:
+    """Write the tables of README.md: one method of every kind; the pages of docs/ have the others."""
+    return bench("llava-")
+
+
 def harness() -> str:
     """Write what the harness adds to bare generation, and the time of the quickstart."""
     rows = []
@@ -150,7 +157,7 @@ def attention() -> str:
     return "\n".join(results(json.loads(path.read_text(encoding="utf-8")), path.name) for path in found)
 
 
-SECTIONS = {"methods": methods, "support": support, "bench": bench, "harness": harness, "attention": attention}
+SECTIONS = {"methods": methods, "support": support, "bench": bench, "speed": speed, "harness": harness, "attention": attention}
 
 
 def render(page: Path) -> str:
