@@ -157,7 +157,14 @@ def attention() -> str:
     return "\n".join(results(json.loads(path.read_text(encoding="utf-8")), path.name) for path in found)
 
 
-SECTIONS = {"methods": methods, "support": support, "bench": bench, "speed": speed, "harness": harness, "attention": attention}
+SECTIONS = {
+    "methods": methods,
+    "support": support,
+    "bench": bench,
+    "speed": speed,
+    "harness": harness,
+    "attention": attention,
+}
 
 
 def render(page: Path) -> str:
