@@ -31,6 +31,25 @@ class LayerParts:
         )
 
     @classmethod
+    def query_projection_of(cls, layer: nn.Module) -> nn.Module:
+        """
+        The projection that makes queries and nothing else, ``[..., D]`` to ``[..., H d]``.
+
+        Raises
+        ------
+        ModelError
+            The layer has none that can be told, or makes queries, keys and values in one.
+        """
+        attention = cls.attention_of(layer)
+        for name in ("q_proj", "query", "wq"):
+            if isinstance(child := getattr(attention, name, None), nn.Module):
+                return child
+        raise ModelError(
+            f"{type(attention).__name__} has no query projection of its own (q_proj, query or wq); "
+            f"its children are {', '.join(name for name, _ in attention.named_children()) or 'none'}"
+        )
+
+    @classmethod
     def output_projection_of(cls, layer: nn.Module) -> nn.Module:
         """
         The projection that attention heads go through together, ``[..., H d]`` to ``[..., D]``.

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from lmmhooks import cost
+from lmmhooks.engines.skipping import prompt_tokens
 
 if TYPE_CHECKING:
     from lmmhooks.engines.state import PromptState
@@ -94,6 +95,8 @@ class Stats:
         text = [n - v for n, v in zip(_row_counts(state.layout.valid), visual_in, strict=True)]
         # Several layers share a stage; count each stage once.
         kept_at = {stage.layer: _row_counts(stage.layout.visual) for stage in state.stages}
+        computing = {state.stage_at(layer).layer for layer in state.computing}
+        prompts = {stage.layer: prompt_tokens(stage.layout) for stage in state.stages if stage.layer in computing}
         per_token = 2 * shape.kv_width * element
         layers = []
         for layer in range(shape.layers):
@@ -112,8 +115,13 @@ class Stats:
             )
         flops = flops_full = 0.0
         for row, (num_text, num_visual) in enumerate(zip(text, visual_in, strict=True)):
-            kept = [layer.visual_kept[row] for layer in layers]
-            flops += 2 * cost.prefill_macs(shape, cost.dense_counts(num_text, kept))
+            counts_of = cost.dense_counts(num_text, [layer.visual_kept[row] for layer in layers])
+            for layer, method in state.computing.items():
+                tokens = prompts[state.stage_at(layer).layer][row][1]
+                if tokens.num_visual:
+                    memory = state.memory(method)
+                    counts_of[layer] = method.layer_counts(family, layer, row, tokens, memory)
+            flops += 2 * cost.prefill_macs(shape, counts_of)
             if row < len(visual_in) // state.blocks:
                 flops_full += 2 * cost.prefill_macs(shape, cost.dense_counts(num_text, [num_visual] * shape.layers))
         counts = [count for layer in layers for count in layer.visual_kept]

@@ -29,6 +29,7 @@ from lmmhooks.methods.attention.base import AttentionContext, AttentionMethod
 
 if TYPE_CHECKING:
     from lmmhooks.engines.runtime import Runtime
+    from lmmhooks.engines.skipping import ComputeEngine
     from lmmhooks.family import Family
 
 __all__ = ["AttentionEngine"]
@@ -44,6 +45,7 @@ class AttentionEngine:
         decoder_probes: Sequence[DecoderProbe] = (),
         vision_probes: Sequence[VisionProbe] = (),
         listened: Iterable[int] = (),
+        compute: ComputeEngine | None = None,
     ) -> None:
         self.runtime = runtime
         family = runtime.family
@@ -53,6 +55,7 @@ class AttentionEngine:
         self.vision_probes: dict[int, list[VisionProbe]] = defaultdict(list)
         self.listened: set[int] = set(listened)
         """Layers that are read outside the forward that reads the prompt."""
+        self.compute = compute
         for method in methods:
             for layer in method.layers(family):
                 self.edits[layer].append(method)
@@ -71,7 +74,8 @@ class AttentionEngine:
     def attach(self, attachments: Attachments) -> None:
         """Hook everything the methods and probes need; nothing else is touched."""
         family = self.runtime.family
-        text_layers = sorted({*self.edits, *self.readers, *self.listened})
+        computed = self.compute.layers if self.compute else ()
+        text_layers = sorted({*self.edits, *self.readers, *self.listened, *computed})
         if text_layers:
             _refuse_windows(family, text_layers)
             modules = {layer: family.attention_of(family.layers[layer]) for layer in text_layers}
@@ -113,6 +117,8 @@ class AttentionEngine:
         if state is None:
             listener = self.runtime.listeners.get(layer)
             return listener(call) if listener else call.run_base()
+        if self.compute is not None:
+            call = self.compute.answering(layer, state, call)
         methods = [m for m in self.edits[layer] if (state.is_prefill or m.on_decode) and m.edits]
         readers = self.readers[layer] if state.is_prefill else []
         if not (methods or readers):

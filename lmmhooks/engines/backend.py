@@ -51,6 +51,8 @@ class AttentionCall:
         The model's own function; see `run_base`.
     backend
         Its name, such as ``"sdpa"``.
+    whole
+        Answers the call as it stands in the place of the model's own function; None where nobody does.
     """
 
     query: Tensor
@@ -60,6 +62,7 @@ class AttentionCall:
     kwargs: dict[str, Any]
     base: BaseAttention
     backend: str
+    whole: Callable[[AttentionCall], AttentionResult] | None = None
 
     @property
     def scaling(self) -> float:
@@ -72,7 +75,9 @@ class AttentionCall:
         return self.mask if isinstance(self.mask, Tensor) and self.mask.dim() == 4 else None
 
     def run_base(self) -> AttentionResult:
-        """What the model's own function makes of this call."""
+        """What the model's own function makes of this call, or what answers in its place."""
+        if self.whole is not None:
+            return self.whole(self)
         return self.base(self.query, self.key, self.value, self.mask)
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 from lmmhooks.errors import MethodError
 from lmmhooks.methods.attention.base import AttentionMethod
+from lmmhooks.methods.attention.steering import SteeringMethod
 from lmmhooks.methods.base import Method
 from lmmhooks.methods.decoding.base import DecodingMethod
 from lmmhooks.methods.reduction.base import ReductionMethod
 from lmmhooks.methods.reduction.caching import CacheMethod
+from lmmhooks.methods.reduction.compute import ComputeMethod
 
 __all__ = ["check_composition"]
 
@@ -32,8 +35,8 @@ def check_composition(family: Any, present: Sequence[Method], added: Sequence[Me
     ------
     MethodError
         The same method twice, two reducers at one boundary, two decoding methods, two that compare heads with a
-        reading without images, key/value compression twice or beside edits of answers' attention, or a declared
-        conflict; the text says which and what to do.
+        reading without images, key/value compression twice or beside edits of answers' attention, one that leaves out
+        what another reads or edits, or a declared conflict; the text says which and what to do.
     """
     known: list[Method] = list(present)
     for new in added:
@@ -63,6 +66,10 @@ def _conflict(family: Any, old: Method, new: Method) -> str | None:
             "one edits the attention that answers pay to positions of the prompt, of which the other leaves different "
             "ones to every head"
         )
+    for one, other in ((old, new), (new, old)):
+        for part, beside in product(one.parts(), other.parts()):
+            if isinstance(part, ComputeMethod) and (reason := _needs_left_out(family, part, beside)):
+                return reason
     if isinstance(old, ReductionMethod) and isinstance(new, ReductionMethod):
         shared = {cut.layer for cut in old.cuts(family)} & {cut.layer for cut in new.cuts(family)}
         if shared:
@@ -79,3 +86,28 @@ def _edits_answers(part: Method) -> bool:
 
 def _contrasts_text(part: Method) -> bool:
     return isinstance(part, AttentionMethod) and part.contrasts_text
+
+
+def _needs_left_out(family: Any, compute: ComputeMethod, other: Method) -> str | None:
+    """Whether a method reads, edits or computes anew what a compute method leaves out of a layer."""
+    frozen = set(compute.frozen_layers(family))
+    layers = frozen | set(compute.sparse_layers(family))
+    touched: set[int] = set()
+    what = "reads or edits the attention of visual tokens"
+    if isinstance(other, ComputeMethod):
+        touched |= {*other.frozen_layers(family), *other.sparse_layers(family)} & layers
+        what = "decides what visual tokens compute, as the first does,"
+    if isinstance(other, AttentionMethod):
+        touched |= set(other.layers(family)) & layers if other.rows == "all" else set()
+        touched |= {layer for layer, rows in other.watched(family).items() if rows == "all"} & layers
+    if isinstance(other, SteeringMethod) and "edit_mlp" in other.steps:
+        touched |= set(other.layers(family)) & frozen
+        what = "edits what the feed-forward part makes of visual tokens"
+    if isinstance(other, CacheMethod):
+        touched |= layers if other.rows == "all" else set()
+    if isinstance(other, ReductionMethod):
+        rows = [probe.layer for probe in other.probes(family) if (probe.signal, probe.rows) == ("decoder_rows", "all")]
+        touched |= set(rows) & layers
+    if not touched:
+        return None
+    return f"{other.id} {what} in layer {min(touched)}, which {compute.id} leaves out there"

@@ -35,10 +35,12 @@ from lmmhooks.methods.base import Method
 from lmmhooks.methods.decoding.base import DecodingMethod
 from lmmhooks.methods.reduction.base import ReductionMethod
 from lmmhooks.methods.reduction.caching import CacheMethod
+from lmmhooks.methods.reduction.compute import ComputeMethod
 
 if TYPE_CHECKING:
     from lmmhooks.engines.caching import CacheEngine
     from lmmhooks.engines.reduction import ReductionEngine
+    from lmmhooks.engines.skipping import ComputeEngine
     from lmmhooks.patch import Patch
 
 __all__ = ["Runtime", "find_runtime"]
@@ -173,6 +175,7 @@ class Runtime:
         presses = of_kind(methods, CacheMethod)
         reduction: ReductionEngine | None = None
         caching: CacheEngine | None = None
+        compute: ComputeEngine | None = None
         if branching:
             from lmmhooks.engines.decoding import BranchEngine
 
@@ -196,6 +199,12 @@ class Runtime:
 
             caching = CacheEngine(self, presses)
             caching.attach(attach)
+        if skipping := of_kind(methods, ComputeMethod):
+            from lmmhooks.engines.skipping import ComputeEngine
+
+            compute = ComputeEngine(self, skipping)
+            # Before the steering engine: what it sees of a feed-forward part has the length of the prompt.
+            compute.attach(attach)
         probes = [probe for engine in (reduction, caching) if engine for probe in engine.decoder_probes]
         AttentionEngine(
             self,
@@ -203,6 +212,7 @@ class Runtime:
             [*self.probes, *probes],
             [*preparer.vision_probes, *(reduction.vision_probes if reduction else ())],
             reduction.peeked if reduction else (),
+            compute,
         ).attach(attach)
         if steers:
             from lmmhooks.engines.steering import SteeringEngine

@@ -120,9 +120,11 @@ def select_rows(layout: Layout, name: str) -> Tensor:
         return layout.last
     if name == "instruction":
         return layout.instruction
+    if name == "text":
+        return layout.valid & ~layout.visual
     if name == "all":
         return layout.valid
-    names = "after_image, after_last_image, instruction, last, all"
+    names = "after_image, after_last_image, instruction, last, text, all"
     raise PromptError(f"no row selection is called {name!r}; there are: {names}")
 
 
@@ -162,6 +164,8 @@ class PromptState:
         """Decoder layers whose cache no longer holds what the layer's stage says of the prompt."""
         self.moved: dict[int, Tensor] = {}
         """Per layer, mean attention mass that edits moved in the prompt (total variation, in [0, 1])."""
+        self.computing: dict[int, Any] = {}
+        """Decoder layers that left out computation of the prompt, with the method that did."""
         self._layout: Layout | None = None
         self._memory: dict[Any, dict[Any, Any]] = {}
 
