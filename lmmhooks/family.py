@@ -20,6 +20,7 @@ from . import families
 from .errors import ModelError, closest
 from .inputs import ModelInputs
 from .parts import LayerParts
+from .smaller import SmallerImages
 from .vision import ImageTokens, VisionInputs
 
 __all__ = ["Family", "VisionInputs", "resolve", "supported", "uses_attention_interface"]
@@ -29,7 +30,7 @@ _TOWERS = ("vision_tower", "visual", "vision_model", "vision_encoder", "image_en
 _PROJECTORS = ("multi_modal_projector", "mm_projector", "connector", "aligner", "projector")
 
 
-class Family(ModelInputs, LayerParts):
+class Family(ModelInputs, LayerParts, SmallerImages):
     """
     The parts of one loaded model, and the geometry of its visual tokens.
 
@@ -64,6 +65,8 @@ class Family(ModelInputs, LayerParts):
         Number of first decoder layers after which visual features are added again at visual positions.
     projects_patches
         Every patch becomes one visual token, by itself: features of the tower can be changed and projected again.
+    has_tiles
+        An image may be seen as several crops (tiles), whose number depends on its size.
     feature_layer
         0-based vision layer whose output the projector reads; the last one listed where several are concatenated.
     full_attention_vision_layers
@@ -81,6 +84,7 @@ class Family(ModelInputs, LayerParts):
     model_types: ClassVar[tuple[str, ...]] = ()
 
     projects_patches: ClassVar[bool] = False
+    has_tiles: ClassVar[bool] = False
 
     def __init__(self, model: Any) -> None:
         self.model = model

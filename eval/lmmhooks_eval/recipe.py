@@ -15,6 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 
 from lmmhooks_eval.errors import RecipeError
 from lmmhooks_eval.paper import PaperFigures
+from lmmhooks_eval.sweep import SweepPlan
 
 if TYPE_CHECKING:
     from lmmhooks.methods.base import Method
@@ -136,6 +137,9 @@ class Recipe(_Strict):
     variants: dict[str, Annotated[list[MethodSpec], BeforeValidator(_as_list), Field(min_length=1)]] = Field(
         default_factory=dict, description="Name -> methods applied together, in this order."
     )
+    sweep: SweepPlan | None = Field(
+        default=None, description="Methods at several budgets; stands for variants named method@percent."
+    )
     batch_size: int = Field(default=8, ge=1, le=4096)
     seed: int = Field(default=0, ge=0, description="Seed of sampling and of limited samples.")
     self_test: int = Field(
@@ -148,6 +152,16 @@ class Recipe(_Strict):
     paper: Annotated[list[PaperFigures], BeforeValidator(_as_list)] = Field(
         default_factory=list, description="Figures a paper prints for these tasks and variants, one block per source."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _swept(cls, data: Any) -> Any:
+        """Variants of the sweep written out; a recipe that was expanded already names them all."""
+        if not isinstance(data, Mapping) or data.get("sweep") is None:
+            return data
+        given = data.get("variants") or {}
+        swept = SweepPlan.model_validate(data["sweep"]).variants()
+        return {**data, "variants": {**given, **{name: specs for name, specs in swept.items() if name not in given}}}
 
     @field_validator("tasks")
     @classmethod

@@ -45,6 +45,8 @@ def image_targets(method: ReductionMethod, cut: Cut, state: PromptState, family:
     PromptError
         The budget cannot be met; the text names the nearest one that can.
     """
+    if method.counts_itself:
+        return None
     if method.budget is None:
         if method.keep_per != "prompt" or not isinstance(cut.keep, int):
             return None

@@ -23,6 +23,7 @@ from lmmhooks.engines.attach import Attachments
 from lmmhooks.engines.attention import AttentionEngine
 from lmmhooks.engines.backend import AttentionCall, AttentionResult
 from lmmhooks.engines.branch_cache import BranchCache
+from lmmhooks.engines.downsampling import DownsamplingEngine
 from lmmhooks.engines.preparing import PromptPreparer
 from lmmhooks.engines.probes import DecoderProbe
 from lmmhooks.engines.state import PromptState
@@ -34,8 +35,10 @@ from lmmhooks.methods.attention.steering import SteeringMethod
 from lmmhooks.methods.base import Method
 from lmmhooks.methods.decoding.base import DecodingMethod
 from lmmhooks.methods.reduction.base import ReductionMethod
+from lmmhooks.methods.reduction.downsample import Downsample
 from lmmhooks.methods.reduction.caching import CacheMethod
 from lmmhooks.methods.reduction.compute import ComputeMethod
+from lmmhooks.methods.reduction.tower import TowerMethod
 
 if TYPE_CHECKING:
     from lmmhooks.engines.caching import CacheEngine
@@ -192,6 +195,8 @@ class Runtime:
             from lmmhooks.engines.reduction import ReductionEngine
 
             reduction = ReductionEngine(self, reducers)
+            if smaller := of_kind(reducers, Downsample):
+                DownsamplingEngine(self, smaller[0]).attach(attach)
             # Before the attention engine: an observer of layer k must see the sequence that layer k sees.
             reduction.attach(attach)
         if presses:
@@ -218,6 +223,11 @@ class Runtime:
             from lmmhooks.engines.steering import SteeringEngine
 
             SteeringEngine(self, steers).attach(attach)
+        if inside := of_kind(reducers, TowerMethod):
+            from lmmhooks.engines.tower import TowerEngine
+
+            # Last: it takes the place of what other hooks on the MLPs of the tower edit.
+            TowerEngine(self, inside[0]).attach(attach)
 
     def _follow(self, attach: Attachments) -> None:
         """Attach what keeps track of prompts: needed by every engine, changes nothing by itself."""

@@ -8,6 +8,7 @@ contiguous and images are set apart by their begin and end tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from ..errors import PromptError
 from ..family import Family
-from ..vision import ImageTokens, VisionInputs
+from ..vision import ImageTokens, Tiling, VisionInputs
 
 __all__ = ["InternVLFamily"]
 
@@ -24,12 +25,17 @@ class InternVLFamily(Family):
     """InternVL: a crop is a tile; two images without anything between their tokens count as one."""
 
     model_types: ClassVar[tuple[str, ...]] = ("internvl",)
+    has_tiles: ClassVar[bool] = True
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
         config = self.vision.config
         self._side = config.image_size[0] // config.patch_size[0]
         self._token_side = int(self._side * model.config.downsample_ratio)
+
+    @property
+    def patches_per_side(self) -> int:
+        return self._side // self._token_side
 
     def group_entries(self, positions: Sequence[Tensor]) -> list[int]:
         sizes: list[int] = []
@@ -50,7 +56,9 @@ class InternVLFamily(Family):
                 f"image {source} has {num_tokens} tokens in the prompt, no multiple of the {side} x {side} tokens of a "
                 f"tile; build the prompt with the processor of this model"
             )
-        return ImageTokens.raster([(side, side)] * tiles)
+        tokens = ImageTokens.raster([(side, side)] * tiles)
+        # By convention of the processor: the thumbnail comes last, and only where there are several tiles.
+        return replace(tokens, tiling=Tiling(tiles - 1, tiles - 1)) if tiles > 1 else tokens
 
     def tower_to_tokens(self, per_patch: Sequence[Tensor], vision: VisionInputs) -> list[Tensor]:
         features = torch.cat(list(per_patch))

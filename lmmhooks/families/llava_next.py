@@ -16,7 +16,7 @@ from transformers.models.llava_next.modeling_llava_next import get_anyres_image_
 
 from ..errors import PromptError
 from ..family import Family
-from ..vision import ImageTokens, VisionInputs
+from ..vision import ImageTokens, Tiling, VisionInputs
 
 __all__ = ["LlavaNextFamily"]
 
@@ -26,6 +26,7 @@ class LlavaNextFamily(Family):
 
     model_types: ClassVar[tuple[str, ...]] = ("llava_next",)
     projects_patches: ClassVar[bool] = True
+    has_tiles: ClassVar[bool] = True
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
@@ -42,7 +43,7 @@ class LlavaNextFamily(Family):
         side = self._side
         crops = self.crops_of(vision)[source]
         grid = torch.stack(torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij"), dim=-1)
-        tile_columns = 1
+        tile_rows = tile_columns = 1
         # Per patch: is it of a tile, and its row and column; tiles count rows and columns through the whole mosaic, so
         # that packing may also interpolate between them. Doubles keep interpolated halves exact enough to round.
         patches = torch.zeros(crops, side, side, 3, dtype=torch.float64)
@@ -67,11 +68,13 @@ class LlavaNextFamily(Family):
         of_tile, y, x = (packed - 0.5 - 1e-6).ceil().long().unbind(dim=1)
         newlines = of_tile < 0
         crop = torch.where(of_tile == 1, 1 + y // side * tile_columns + x // side, 0)
+        tiling = Tiling(0, crops - 1, (tile_rows, tile_columns)) if crops > 1 else None
         return ImageTokens(
             crop.masked_fill(newlines, -1),
             (y % side).masked_fill(newlines, -1),
             (x % side).masked_fill(newlines, -1),
             ((side, side),) * crops,
+            tiling,
         )
 
     def tower_to_tokens(self, per_patch: Sequence[Tensor], vision: VisionInputs) -> list[Tensor]:

@@ -23,6 +23,8 @@ class LlavaOnevisionFamily(LlavaNextFamily):
     """LLaVA-OneVision: a token of an interpolated mosaic gets the cell nearest to where it was sampled."""
 
     model_types: ClassVar[tuple[str, ...]] = ("llava_onevision",)
+    #: Mosaics are interpolated and videos pooled after the projector: a token may stand for several patches.
+    projects_patches: ClassVar[bool] = False
 
     @property
     def _pooled_side(self) -> int:

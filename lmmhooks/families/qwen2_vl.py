@@ -6,14 +6,16 @@ The tower's rows are ordered by merge group, so that the patches of one visual t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ..errors import PromptError
 from ..family import Family
+from ..smaller import nearest, resized
 from ..vision import ImageTokens, VisionInputs
 
 __all__ = ["Qwen2VLFamily"]
@@ -77,6 +79,43 @@ class Qwen2VLFamily(Family):
             packed.append(cells.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(frames * rows * cols * merge**2, -1))
         return torch.cat(packed)
 
+    def check_smaller(self) -> None:
+        """Towers of this class take images of any size."""
+
+    def token_grids(self, arguments: Mapping[str, Any]) -> list[tuple[int, int, int]]:
+        return self._grids(_tower_call(arguments))
+
+    def shrink(self, arguments: Mapping[str, Any], grids: Sequence[tuple[int, int]]) -> dict[str, Any]:
+        merge, patch = self.vision.spatial_merge_size, self.vision.config.patch_size
+        given = arguments["grid_thw"]
+        images = self.unpack_pixels(_tower_call(arguments))
+        small = [
+            resized(image, (rows * merge * patch, cols * merge * patch))
+            for image, (rows, cols) in zip(images, grids, strict=True)
+        ]
+        sizes = torch.tensor([(rows * merge, cols * merge) for rows, cols in grids], device=given.device)
+        shrunk = {**arguments, "grid_thw": torch.cat([given[:, :1], sizes.to(given.dtype)], dim=1)}
+        return {**shrunk, "hidden_states": self.pack_pixels(small, _tower_call(shrunk))}
+
+    def enlarge(self, output: Any, full: Sequence[tuple[int, int, int]], small: Sequence[tuple[int, int]]) -> Any:
+        index, start = [], 0
+        for (frames, rows, cols), grid in zip(full, small, strict=True):
+            cells = nearest((rows, cols), grid)
+            size = grid[0] * grid[1]
+            index += [start + frame * size + cells for frame in range(frames)]
+            start += frames * size
+        spread = torch.cat(index).to(output.pooler_output.device)
+        output.pooler_output = output.pooler_output[spread]
+        if deepstack := getattr(output, "deepstack_features", None):
+            output.deepstack_features = [features[spread] for features in deepstack]
+        return output
+
     def _raster(self, merged: Tensor, vision: VisionInputs) -> Tensor:
         """Merged scores ``[tokens]`` from tower order to the order in which the merger hands them out."""
         return merged
+
+
+def _tower_call(arguments: Mapping[str, Any]) -> VisionInputs:
+    """A call of the tower as a call of the image encoder, which differs in the names of its arguments."""
+    named = {"pixel_values": arguments["hidden_states"], "image_grid_thw": arguments["grid_thw"]}
+    return VisionInputs("image", named, SimpleNamespace(pooler_output=[]))

@@ -70,6 +70,7 @@ ROWS: dict[str, Row] = {
     "reduction-identity": Row("reduction-identity", changes=False),
     "random": Row("random(keep=4)"),
     "uniform-grid": Row("uniform-grid(keep=4)"),
+    "downsample": Row("downsample(keep=0.25)"),
     "fastervlm": Row("fastervlm(keep=4)"),
     "fastv": Row("fastv(keep=4)"),
     "look-m": Row("look-m(hh_ratio=0.5)", after_prompt=True),

@@ -38,11 +38,11 @@ def test_an_unknown_selection_is_refused():
 def test_values_per_image_stand_at_its_tokens():
     zoo = build("llava")
     layout = layout_of(zoo, zoo.inputs(batch=2, images=[2, 1]))
-    values = [torch.arange(16.0) + 100 * image for image in range(3)]
+    values = [torch.arange(32.0).view(16, 2) + 100 * image for image in range(3)]
     full = place(layout, {"image": values})
     for image, span in enumerate(layout.spans):
         assert torch.equal(full[span.sample, span.positions], values[image])
-    assert torch.equal(full.isnan(), ~layout.visual)
+    assert torch.equal(full.isnan(), ~layout.visual[..., None].expand(-1, -1, 2))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

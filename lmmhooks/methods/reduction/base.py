@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lmmhooks.layout import Layout
+    from lmmhooks.vision import Tiling
 
 __all__ = ["BudgetUnit", "CropwiseMethod", "Cut", "Newline", "Positions", "ReductionMethod", "Scope", "TokenGroup"]
 
@@ -51,11 +52,17 @@ class Cut:
     hide
         Nothing leaves the sequence; the keys of dropped tokens are hidden from this layer on instead. For ablations: it
         saves neither time nor memory, and gives every surviving token the same states.
+    of_current
+        A share is of the tokens a group has at this cut instead.
+    scope
+        What this cut reduces on its own, where that is not `ReductionMethod.scope`.
     """
 
     layer: int
     keep: int | float | None
     hide: bool = False
+    of_current: bool = False
+    scope: Scope | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,8 +86,11 @@ class TokenGroup:
         Decoder layer before which the cut happens.
     probes
         Values of the method's probes by `Probe.name`, ``[G, V]`` each, ``[G, V, C]`` for those that are no scalars.
-    row, col
-        ``[V]`` long, CPU: cell of every token in its crop's grid, shared by the groups; -1 where unknown.
+    readings
+        The same over the whole sequence, ``[B, N]`` or ``[B, N, C]``; for methods that look at text too.
+    crop, row, col
+        ``[V]`` long, CPU: crop of its image and cell in the crop's grid of every token; -1 where unknown. Shared by the
+        groups, but for ``crop`` where every group is one crop: then it is that of the first.
     grid
         Rows and columns of the crop's full token grid; None when unknown or when a group spans several crops.
     family
@@ -91,6 +101,8 @@ class TokenGroup:
         ``[B, N]`` of it; 0 for padding.
     tokenizer
         Of the processor that was given to ``wrap``; None without one.
+    tiling
+        Groups of one image each: which crop is the whole image and which its tiles; None where there are none.
     seeds
         For methods with `ReductionMethod.draws`: an integer per group, a hash of the prompt's token ids and of the
         group's ordinal; the same on every device and in every batch that the prompt appears in. Empty otherwise.
@@ -102,6 +114,8 @@ class TokenGroup:
     num_keep: int
     layer: int
     probes: dict[str, Tensor]
+    readings: dict[str, Tensor]
+    crop: Tensor
     row: Tensor
     col: Tensor
     grid: tuple[int, int] | None
@@ -109,6 +123,7 @@ class TokenGroup:
     layout: Layout
     input_ids: Tensor
     tokenizer: Any = None
+    tiling: Tiling | None = None
     seeds: tuple[int, ...] = ()
 
     @cached_property
@@ -130,6 +145,8 @@ class ReductionMethod(Method):
     kind: ClassVar[str] = "reduction"
     draws: ClassVar[bool] = False
     """The selection is random: fill `TokenGroup.seeds`."""
+    counts_itself: ClassVar[bool] = False
+    """The method meets a budget without help: `cuts` leaves the number to `select`."""
 
     keep: int | float | None = setting(
         None,
