@@ -87,6 +87,24 @@ class LayerParts:
         )
 
     @staticmethod
+    def mlp_norm_of(layer: nn.Module) -> nn.Module:
+        """
+        The norm that states go through before the feed-forward module.
+
+        Raises
+        ------
+        ModelError
+            The layer has none that can be told.
+        """
+        for name in ("post_attention_layernorm", "layer_norm2", "norm2", "layernorm_after", "ln_2", "ffn_norm"):
+            if isinstance(child := getattr(layer, name, None), nn.Module):
+                return child
+        raise ModelError(
+            f"layer {type(layer).__name__} holds no norm before its feed-forward module (layer_norm2, norm2 ...); "
+            f"its children are {', '.join(name for name, _ in layer.named_children()) or 'none'}"
+        )
+
+    @staticmethod
     def mlp_of(layer: nn.Module) -> nn.Module:
         """
         The feed-forward module of a decoder or vision layer.

@@ -395,7 +395,14 @@ class Zoo:
 
 
 def build(
-    family: str, *, attn: str = "sdpa", seed: int = 0, layers: int = 4, dtype: torch.dtype = torch.float32, **over: Any
+    family: str,
+    *,
+    attn: str = "sdpa",
+    seed: int = 0,
+    layers: int = 4,
+    tower_layers: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    **over: Any,
 ) -> Zoo:
     """
     A tiny model of a family.
@@ -410,6 +417,8 @@ def build(
         Of the weights.
     layers
         Decoder layers.
+    tower_layers
+        Vision layers, for towers that count them as ``num_hidden_layers``; None: the recipe's own number.
     dtype
         Of the weights.
     over
@@ -417,6 +426,8 @@ def build(
     """
     recipe = _RECIPES[family]
     config = recipe.config(_TEXT | {"num_hidden_layers": layers} | over)
+    if tower_layers is not None:
+        config.vision_config.num_hidden_layers = tower_layers
     model = AutoModelForImageTextToText.from_config(config, attn_implementation=attn)
     _draw_weights(model, torch.Generator().manual_seed(seed))
     # A model that may stop early or warns about a missing pad token makes every generate test say so.

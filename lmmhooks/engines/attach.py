@@ -32,9 +32,15 @@ class Attachments:
         handle = module.register_forward_pre_hook(hook, with_kwargs=True, prepend=first)
         self._record(handle.remove, f"forward pre-hook {name}")
 
-    def hook(self, module: nn.Module, hook: Callable[..., Any], name: str, *, always: bool = False) -> None:
-        """Attach a forward hook that receives ``(module, args, kwargs, output)``; ``always``: after errors too."""
-        handle = module.register_forward_hook(hook, with_kwargs=True, always_call=always)
+    def hook(
+        self, module: nn.Module, hook: Callable[..., Any], name: str, *, always: bool = False, first: bool = False
+    ) -> None:
+        """
+        Attach a forward hook that receives ``(module, args, kwargs, output)``.
+
+        ``always``: after errors too; ``first``: before hooks that are there already.
+        """
+        handle = module.register_forward_hook(hook, with_kwargs=True, always_call=always, prepend=first)
         self._record(handle.remove, f"forward hook {name}")
 
     def attribute(self, target: Any, name: str, value: Any, label: str) -> None:

@@ -14,6 +14,7 @@ from lmmhooks.methods.decoding.base import DecodingMethod
 from lmmhooks.methods.reduction.base import ReductionMethod
 from lmmhooks.methods.reduction.caching import CacheMethod
 from lmmhooks.methods.reduction.compute import ComputeMethod
+from lmmhooks.methods.reduction.tower import TowerMethod
 
 __all__ = ["check_composition"]
 
@@ -70,6 +71,9 @@ def _conflict(family: Any, old: Method, new: Method) -> str | None:
         for part, beside in product(one.parts(), other.parts()):
             if isinstance(part, ComputeMethod) and (reason := _needs_left_out(family, part, beside)):
                 return reason
+    for one, other in ((old, new), (new, old)):
+        if isinstance(one, TowerMethod) and any(_reads_tower(family, part) for part in other.parts()):
+            return f"{other.id} reads all patches of the vision tower, inside which {one.id} removes tokens"
     if isinstance(old, ReductionMethod) and isinstance(new, ReductionMethod):
         shared = {cut.layer for cut in old.cuts(family)} & {cut.layer for cut in new.cuts(family)}
         if shared:
@@ -82,6 +86,11 @@ def _conflict(family: Any, old: Method, new: Method) -> str | None:
 
 def _edits_answers(part: Method) -> bool:
     return isinstance(part, AttentionMethod) and part.on_decode and bool(part.edits)
+
+
+def _reads_tower(family: Any, part: Method) -> bool:
+    readers = (AttentionMethod, SteeringMethod, ReductionMethod)
+    return isinstance(part, readers) and any(probe.signal.startswith("vision") for probe in part.probes(family))
 
 
 def _contrasts_text(part: Method) -> bool:

@@ -51,6 +51,14 @@ class Row:
     measured: Callable[[Any], dict[str, Any]] | None = None
 
 
+#: Towers whose layers cannot do with fewer patches, and why.
+WHOLE_TOWERS = {
+    "qwen2_vl": "of all patches",
+    "qwen2_5_vl": "attends inside windows",
+    "qwen3_vl": "of all patches",
+    "internvl": "more than attention and MLP",
+}
+
 ROWS: dict[str, Row] = {
     "attention-identity": Row("attention-identity", changes=False),
     "var": Row("var(sink_dims='any', tau=2.6, rho=0.3)"),
@@ -72,7 +80,17 @@ ROWS: dict[str, Row] = {
     "uniform-grid": Row("uniform-grid(keep=4)"),
     "downsample": Row("downsample(keep=0.25)"),
     "fastervlm": Row("fastervlm(keep=4)"),
+    "vtc-cls": Row("vtc-cls(keep=4, start=0)"),
+    "hiprune": Row("hiprune(keep=6, alpha=0.8)"),
+    "hired": Row("hired(keep=0.4)"),
+    "visionzip": Row("visionzip(keep=4, contextual=0.5)"),
+    "prumerge": Row("prumerge(plus=True, num_top=2, stride=5)"),
+    "vispruner": Row("vispruner(keep=4, step=3)"),
     "fastv": Row("fastv(keep=4)"),
+    "tome": Row("tome(keep=6)", refused=WHOLE_TOWERS),
+    "evit": Row("evit(keep=5)", refused=WHOLE_TOWERS),
+    "ats": Row("ats(num_samples=8)", refused=WHOLE_TOWERS),
+    "flowcut": Row("flowcut(keep=5)", refused={**WHOLE_TOWERS, "llava_onevision": "no class token"}),
     "look-m": Row("look-m(hh_ratio=0.5)", after_prompt=True),
     "vl-cache": Row("vl-cache(alpha=0.3)", after_prompt=True),
     "shortv": Row("shortv(layers=(1, 2))"),

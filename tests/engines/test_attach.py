@@ -69,6 +69,16 @@ def test_forward_hooks_change_the_output_and_always_runs_after_errors(toy):
     assert len(seen) == 2
 
 
+def test_a_forward_hook_may_come_before_those_that_are_there(toy):
+    record, seen = Attachments(), []
+    record.hook(toy.first, lambda m, a, k, output: seen.append(output), "watch")
+    record.hook(toy.first, add(5), "plus five")
+    toy(ONE)
+    record.hook(toy.first, add(100), "plus hundred", first=True)
+    toy(ONE)
+    assert [float(output) for output in seen] == [2, 102]
+
+
 def test_attributes_come_back_as_they_were(toy):
     record = Attachments()
     toy.own = 1
