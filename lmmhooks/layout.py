@@ -195,11 +195,13 @@ class Layout:
             spans.append(replace(span, positions=moved[kept], tokens=span.tokens.subset(kept)))
         return Layout(segment, tuple(spans))
 
-    def extend(self, num_new: int) -> Layout:
-        """Layout with ``num_new`` generated columns appended to every row."""
+    def extend(self, num_new: int, valid: Tensor | None = None) -> Layout:
+        """Layout with ``num_new`` generated columns appended; padding where ``valid [B, num_new]`` is False."""
         if num_new < 0:
             raise ValueError(f"num_new is {num_new}; a sequence grows by 0 or more columns")
         new = self.segment.new_full((self.batch, num_new), Segment.GENERATED)
+        if valid is not None:
+            new = new.masked_fill(~valid.to(new.device), Segment.PADDING)
         return Layout(torch.cat([self.segment, new], dim=1), self.spans)
 
     def crop(self, num_gone: int) -> Layout:

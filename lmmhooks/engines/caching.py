@@ -57,7 +57,8 @@ class CacheEngine:
         [self.method] = methods
         refuse_layers(runtime.family, WHAT)
         self.decoder_probes = [
-            DecoderProbe(layer, self.method.rows, partial(self._hear, layer)) for layer in range(runtime.family.num_layers)
+            DecoderProbe(layer, self.method.rows, partial(self._hear, layer))
+            for layer in range(runtime.family.num_layers)
         ]
 
     def attach(self, attachments: Attachments) -> None:
@@ -152,7 +153,7 @@ class CacheEngine:
         if state.num_queries > 1 and positions is not None:
             refuse_rewound(state, positions, WHAT)
         # The decoder sizes a mask by its first layer; every layer is given its own below.
-        return args, {**kwargs, "attention_mask": state.pressed[0].mask_after(state.grown)}
+        return args, {**kwargs, "attention_mask": state.pressed_mask(0)}
 
     def _enter_layer(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         state = self.runtime.current
@@ -165,7 +166,7 @@ class CacheEngine:
             masks[key] = create_causal_mask(
                 config=self.runtime.family.text_config,
                 inputs_embeds=args[0] if args else kwargs["hidden_states"],
-                attention_mask=held.mask_after(state.grown),
+                attention_mask=state.pressed_mask(layer),
                 past_key_values=kwargs.get("past_key_values"),
                 position_ids=None,
                 layer_idx=layer,

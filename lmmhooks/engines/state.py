@@ -34,12 +34,6 @@ class Pressed:
     length: int
     mask: Tensor | None
 
-    def mask_after(self, grown: int) -> Tensor | None:
-        """``[B, length + grown]`` padding mask once as many tokens followed; None when nothing is padded."""
-        if self.mask is None:
-            return None
-        return torch.cat([self.mask, self.mask.new_ones(self.mask.shape[0], grown)], dim=1)
-
 
 @dataclass
 class Stage:
@@ -73,11 +67,14 @@ class Stage:
     scratch: dict[Any, Any] = field(default_factory=dict)
     """Tensors shared by the layers of this stage within one forward; emptied when the next one begins."""
 
-    def grow(self, num_new: int) -> None:
-        """Append generated (or continued) tokens."""
-        self.layout = self.layout.extend(num_new)
+    def grow(self, num_new: int, valid: Tensor | None = None) -> None:
+        """Append generated (or continued) tokens; ``valid [B, num_new]`` is False where a row has fewer."""
+        if self.mask is None and valid is not None:
+            self.mask = torch.ones_like(self.layout.segment, dtype=torch.bool)
+        self.layout = self.layout.extend(num_new, valid)
         if self.mask is not None:
-            self.mask = torch.cat([self.mask, self.mask.new_ones(self.mask.shape[0], num_new)], dim=1)
+            new = self.mask.new_ones(self.mask.shape[0], num_new) if valid is None else valid.to(self.mask.device)
+            self.mask = torch.cat([self.mask, new], dim=1)
         self.plans.clear()
 
     def shrink(self, num_gone: int) -> None:
@@ -159,7 +156,11 @@ class PromptState:
         self.next_position: Tensor | None = None
         """``[B]`` position the first token after the prompt has in the unpatched model."""
         self.grown = 0
-        """Tokens that entered after the prompt."""
+        """Columns that entered after the prompt: generated tokens and whatever was inserted between them."""
+        self.coming: Tensor | None = None
+        """``[B, new columns]`` bool for the coming step: False pads rows with fewer tokens; None when none has."""
+        self.gaps = False
+        """Some row has padding among what followed the prompt."""
         self.pressed: dict[int, Pressed] = {}
         """Decoder layers whose cache no longer holds what the layer's stage says of the prompt."""
         self.moved: dict[int, Tensor] = {}
@@ -198,6 +199,17 @@ class PromptState:
         first = self.pressed.get(0)
         return self.stages[0].layout.length if first is None else first.length + self.grown
 
+    def pressed_mask(self, layer: int) -> Tensor | None:
+        """``[B, entries]`` padding mask of a compressed layer's cache at this step; None when nothing is padded."""
+        held, first = self.pressed[layer], self.stages[0]
+        if held.mask is None and not self.gaps:
+            return None
+        shape = (first.layout.batch, held.length)
+        device = first.layout.segment.device if held.mask is None else held.mask.device
+        before = torch.ones(shape, dtype=torch.bool, device=device) if held.mask is None else held.mask
+        since = first.layout.valid[:, first.layout.length - self.grown :].to(device)
+        return torch.cat([before, since], dim=1)
+
     def begin_step(self, num_queries: int, cached: int) -> None:
         """
         A forward that continues the prompt begins.
@@ -212,11 +224,17 @@ class PromptState:
         Raises
         ------
         PromptError
-            If the cache holds tokens this state never saw.
+            If the cache holds tokens this state never saw, or lost some of a prompt that was compressed.
         """
         self.is_prefill = False
         self.num_queries = num_queries
         known = self.cached
+        if self.pressed and known - cached > self.grown:
+            raise PromptError(
+                f"{known - cached - self.grown} tokens that were read with the prompt are taken back, but its keys and "
+                "values have been compressed since; generate without assisted decoding, whose first drafts come with "
+                "the prompt (prompt_lookup_num_tokens, assistant_model)"
+            )
         if cached < known:
             for stage in self.stages:
                 stage.shrink(known - cached)
@@ -228,5 +246,7 @@ class PromptState:
             )
         for stage in self.stages:
             stage.scratch.clear()
-            stage.grow(num_queries)
+            stage.grow(num_queries, self.coming)
+        self.gaps |= self.coming is not None
+        self.coming = None
         self.grown += num_queries
