@@ -11,10 +11,35 @@ from torch import Tensor
 
 from .compat import pixels_argument
 
-__all__ = ["PIXELS", "ImageTokens", "VisionInputs"]
+__all__ = ["PIXELS", "ImageTokens", "Tiling", "VisionInputs"]
 
 #: Argument that holds the pixels, by modality.
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """
+    How the crops of one image belong together: one shows all of it, the others are its tiles.
+
+    Attributes
+    ----------
+    overview
+        Crop that shows the whole image scaled down.
+    num_tiles
+        The other crops, in raster order.
+    grid
+        Rows and columns of tiles; None where the model does not know them.
+    """
+
+    overview: int
+    num_tiles: int
+    grid: tuple[int, int] | None = None
+
+    @property
+    def tiles(self) -> list[int]:
+        """Numbers of the crops that are tiles."""
+        return [crop for crop in range(self.num_tiles + 1) if crop != self.overview]
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,12 +57,15 @@ class ImageTokens:
         tokens that show no place in the image (newline, separator, CLS), and for models whose token grid is unknown.
     grids
         ``(rows, columns)`` of every crop's full token grid, before any unpadding; empty if the grid is unknown.
+    tiling
+        Which crop is the whole image and which its tiles; None for single crops, frames and unknown geometry.
     """
 
     crop: Tensor
     row: Tensor
     col: Tensor
     grids: tuple[tuple[int, int], ...]
+    tiling: Tiling | None = None
 
     def __len__(self) -> int:
         return self.crop.numel()
@@ -62,7 +90,7 @@ class ImageTokens:
 
     def subset(self, index: Tensor) -> ImageTokens:
         """Geometry of the tokens at ``index`` (long or bool, CPU); the grids stay the full ones."""
-        return ImageTokens(self.crop[index], self.row[index], self.col[index], self.grids)
+        return ImageTokens(self.crop[index], self.row[index], self.col[index], self.grids, self.tiling)
 
 
 @dataclass(eq=False)

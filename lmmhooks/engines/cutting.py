@@ -173,6 +173,7 @@ def _tokens(
         num_keep=first.quota,
         layer=cut.layer,
         probes={name: value[sample[:, None], position] for name, value in values.items()},
+        crop=first.crop,
         row=first.row,
         col=first.col,
         grid=first.grid,
@@ -180,6 +181,7 @@ def _tokens(
         layout=stage.layout,
         input_ids=ids,
         tokenizer=runtime.tokenizer,
+        tiling=first.tiling,
         seeds=_streams(state, groups) if method.draws else (),
     )
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lmmhooks.layout import Layout, VisualSpan
 from lmmhooks.methods.reduction.base import Newline, Scope
+from lmmhooks.vision import Tiling
 
 __all__ = [
     "Group",
@@ -42,22 +43,26 @@ class Group:
         Which they are.
     positions
         Long ``[V]``: where they stand in the sequence, ascending.
-    row, col
-        Long ``[V]``: their cells, -1 where unknown.
+    crop, row, col
+        Long ``[V]``: their crops and cells there, -1 where unknown.
     grid
         Full token grid of the crop; None when unknown or when the group spans several crops.
     images
         Tokens of every image in the group.
+    tiling
+        How the crops of a group that is one image belong together; None otherwise.
     quota
         How many stay.
     """
 
     key: Key
     positions: Tensor
+    crop: Tensor
     row: Tensor
     col: Tensor
     grid: tuple[int, int] | None
     images: tuple[int, ...]
+    tiling: Tiling | None = None
     quota: int = 0
 
     @property
@@ -94,17 +99,18 @@ def find_groups(layout: Layout, scope: Scope, newline: Newline) -> list[Group]:
             grid = grids[crop] if crop >= 0 else (grids[0] if len(grids) == 1 else None)
             if number:
                 key = (span.sample, span.image, crop)
-                place = span.positions[members], tokens.row[members], tokens.col[members]
-                groups.append(Group(key, *place, grid, (number,)))
+                place = span.positions[members], tokens.crop[members], tokens.row[members], tokens.col[members]
+                groups.append(Group(key, *place, grid, (number,), None if crop >= 0 else tokens.tiling))
     if scope == "sample":
         return [_joined(list(members)) for _, members in groupby(groups, key=lambda group: group.sample)]
     return groups
 
 
 def _joined(groups: Sequence[Group]) -> Group:
-    positions, row, col = (torch.cat([getattr(g, name) for g in groups]) for name in ("positions", "row", "col"))
+    names = ("positions", "crop", "row", "col")
+    positions, crop, row, col = (torch.cat([getattr(g, name) for g in groups]) for name in names)
     images = tuple(number for group in groups for number in group.images)
-    return Group((groups[0].sample, -1, -1), positions, row, col, None, images)
+    return Group((groups[0].sample, -1, -1), positions, crop, row, col, None, images)
 
 
 def assign_quotas(
@@ -156,7 +162,10 @@ def same_shape(groups: Iterable[Group]) -> list[list[int]]:
     """Ordinals of groups that one call can reduce: equal length, quota and cells."""
     found: dict[tuple[object, ...], list[int]] = {}
     for ordinal, group in enumerate(groups):
-        shape = (len(group), group.quota, group.grid, group.row.numpy().tobytes(), group.col.numpy().tobytes())
+        # Crops of images count from their own first; groups of one crop are alike whichever it is.
+        crop = group.crop if group.key[2] < 0 else group.crop[:0]
+        cells = (place.numpy().tobytes() for place in (crop, group.row, group.col))
+        shape = (len(group), group.quota, group.grid, group.tiling, *cells)
         found.setdefault(shape, []).append(ordinal)
     return list(found.values())
 
