@@ -67,8 +67,8 @@ class SmallerImages:
         """
         if self._sizes()[2] is None:
             raise ModelError(
-                f"the vision tower {type(self.vision).__name__} cannot be given smaller images: its position embeddings "
-                "cannot be interpolated"
+                f"the vision tower {type(self.vision).__name__} cannot be given smaller images: its position "
+                "embeddings cannot be interpolated"
             )
 
     def token_grids(self, arguments: Mapping[str, Any]) -> list[tuple[int, int, int]]:

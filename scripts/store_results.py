@@ -7,9 +7,12 @@ import json
 import sys
 from pathlib import Path
 
+from lmmhooks_eval.errors import RecipeError
 from lmmhooks_eval.report.markdown import condensed
+from lmmhooks_eval.report.sweep import sweep_record
+from lmmhooks_eval.report.sweep_plot import sweep_plot
 from lmmhooks_eval.score import score_run
-from lmmhooks_eval.store import ENVIRONMENT, write_atomically
+from lmmhooks_eval.store import ENVIRONMENT, read_config, write_atomically
 
 
 def main() -> None:
@@ -18,12 +21,20 @@ def main() -> None:
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
-    metrics = score_run(given.run_dir)
-    if metrics["problems"]:
-        sys.exit(f"{given.run_dir} must not be published: {'; '.join(metrics['problems'])}")
     environment = json.loads((given.run_dir / ENVIRONMENT).read_text(encoding="utf-8"))
-    record = condensed(metrics, environment)
     given.out.parent.mkdir(parents=True, exist_ok=True)
+    if read_config(given.run_dir).get("sweep"):
+        try:
+            record = sweep_record(given.run_dir, environment)
+        except RecipeError as error:
+            sys.exit(str(error))
+        for name, task in record["tasks"].items():
+            write_atomically(given.out.with_name(f"{given.out.stem}-{name}.svg"), sweep_plot(task, name))
+    else:
+        metrics = score_run(given.run_dir)
+        if metrics["problems"]:
+            sys.exit(f"{given.run_dir} must not be published: {'; '.join(metrics['problems'])}")
+        record = condensed(metrics, environment)
     write_atomically(given.out, json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     print(f"wrote {given.out}")
 

@@ -13,7 +13,7 @@ from typing import Any
 from lmmhooks_eval.recipe import BASELINE
 from lmmhooks_eval.report.tables import Cell, headline, metric_cell, notes
 
-__all__ = ["condensed", "results"]
+__all__ = ["condensed", "results", "setting_line"]
 
 # What a first metric must not be read without: fewer hallucinations come free with shorter captions or lower recall,
 # and accuracy with a changed readiness to say yes.
@@ -45,14 +45,15 @@ def results(record: Mapping[str, Any], link: str) -> str:
         Where the record lies, relative to the page.
     """
     metrics, environment = record["metrics"], record["environment"]
-    parts = [f"## {metrics['model']}\n\n{_setting(environment)} [{link}]({link})\n"]
+    parts = [f"## {metrics['model']}\n\n{setting_line(environment)} [{link}]({link})\n"]
     for name, task in metrics["tasks"].items():
         parts.append(f"### {name}\n\n{task['title']}.\n\n{_table(name, task)}\n{_reading(task)}\n")
     parts.append("\n".join(f"- {line}" for line in notes(metrics)) + "\n")
     return "\n".join(parts)
 
 
-def _setting(environment: Mapping[str, Any]) -> str:
+def setting_line(environment: Mapping[str, Any]) -> str:
+    """Machine, versions and commit of a run, as one sentence."""
     versions, model = environment["versions"], environment["model"]
     dirty = " with uncommitted changes" if environment["dirty"] else ""
     said = [

@@ -11,16 +11,16 @@ from matplotlib.figure import Figure
 
 from lmmhooks_eval.recipe import BASELINE
 
-__all__ = ["cost_quality_plot", "difference_plot"]
+__all__ = ["COLOURS", "MARKERS", "STYLE", "cost_quality_plot", "difference_plot", "svg_text"]
 
 # Everything neutral is drawn in a colour nothing else uses and turned into `currentColor` in the SVG text, so that axes
 # and labels are dark on a light page and light on a dark one.
 _INK = "#010203"
 _TONES = {"": "#8a8f98", "good": "#2e9e5b", "bad": "#d0533f"}
 # Mid tones, legible on either page; markers tell apart what colour does not.
-_COLOURS = ("#3f7fd0", "#d9822b", "#2e9e5b", "#a35bbf", "#d0533f", "#20a0a8", "#9a7b1e", "#d3609a")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
-_STYLE = {
+COLOURS = ("#3f7fd0", "#d9822b", "#2e9e5b", "#a35bbf", "#d0533f", "#20a0a8", "#9a7b1e", "#d3609a")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
+STYLE = {
     "svg.fonttype": "none",  # text stays text: it can be searched, scales with the page and shares no glyph ids
     "font.family": "sans-serif",
     "font.size": 9,
@@ -59,7 +59,7 @@ def difference_plot(task: Mapping[str, Any], name: str) -> str | None:
     if not shown:
         return None
     scale, better = _scale(task), task["metrics"][metric]["better"]
-    with rc_context({**_STYLE, "svg.hashsalt": f"difference/{name}"}):
+    with rc_context({**STYLE, "svg.hashsalt": f"difference/{name}"}):
         figure = Figure(figsize=(6.4, 0.9 + 0.32 * len(shown)), layout="constrained")
         axes = figure.add_subplot()
         axes.axvline(0, color=_INK, linewidth=0.8, alpha=0.6)
@@ -98,13 +98,13 @@ def cost_quality_plot(task: Mapping[str, Any], name: str) -> str | None:
             points.append((variant, time, scale * estimate["value"], [scale * bound for bound in estimate["interval"]]))
     if len(points) < 2:
         return None
-    with rc_context({**_STYLE, "svg.hashsalt": f"cost/{name}"}):
+    with rc_context({**STYLE, "svg.hashsalt": f"cost/{name}"}):
         figure = Figure(figsize=(6.4, 3.2), layout="constrained")
         axes = figure.add_subplot()
         for index, (variant, time, value, (low, high)) in enumerate(points):
-            colour = _INK if variant == BASELINE else _COLOURS[index % len(_COLOURS)]
+            colour = _INK if variant == BASELINE else COLOURS[index % len(COLOURS)]
             axes.plot([time, time], [low, high], color=colour, linewidth=1.2, alpha=0.6)
-            marker = _MARKERS[index % len(_MARKERS)]
+            marker = MARKERS[index % len(MARKERS)]
             axes.plot([time], [value], marker, color=colour, markersize=6, label=variant)
         # Variants of one budget cost the same, so names beside the points would lie on top of each other.
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8)
@@ -124,9 +124,14 @@ def _axis(task: Mapping[str, Any]) -> str:
     return f"{task['primary']}{unit}{direction}"
 
 
-def _svg(figure: Figure) -> str:
+def svg_text(figure: Figure, transparent: bool) -> str:
+    """The SVG of a figure, the same for the same figure."""
     stream = io.StringIO()
-    figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
-    text = stream.getvalue()
+    figure.savefig(stream, format="svg", transparent=transparent, metadata={"Date": None})
+    return stream.getvalue()
+
+
+def _svg(figure: Figure) -> str:
+    text = svg_text(figure, transparent=True)
     # Inline SVG needs neither XML declaration nor doctype.
     return text[text.index("<svg") :].replace(_INK, "currentColor")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lmmhooks.errors import MethodError
-from lmmhooks.methods.reduction.base import Cut, CropwiseMethod, TokenGroup
+from lmmhooks.methods.reduction.base import CropwiseMethod, Cut, TokenGroup
 from lmmhooks.smaller import centres
 
 __all__ = ["Downsample", "best_grid"]
