@@ -9,7 +9,8 @@ import torch
 
 import lmmhooks
 from lmmhooks.engines.runtime import find_runtime
-from lmmhooks.methods.reduction.uniform_grid import UniformGrid, grid_indices, lattice_shape, stride_indices
+from lmmhooks.methods.reduction.lattice import lattice_shape
+from lmmhooks.methods.reduction.uniform_grid import UniformGrid, grid_indices, stride_indices
 from tests.engines.reducers import ByNorm
 from tests.zoo import build
 

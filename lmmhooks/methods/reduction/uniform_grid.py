@@ -8,7 +8,6 @@ targets, HiRED's baseline), sample few columns where the stride shares factors w
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -17,8 +16,9 @@ from torch import Tensor
 
 from lmmhooks.methods.base import setting
 from lmmhooks.methods.reduction.base import CropwiseMethod, TokenGroup
+from lmmhooks.methods.reduction.lattice import lattice_shape, rectangle
 
-__all__ = ["UniformGrid", "grid_indices", "lattice_shape", "stride_indices"]
+__all__ = ["UniformGrid", "grid_indices", "stride_indices"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class UniformGrid(CropwiseMethod):
 
     def select(self, tokens: TokenGroup) -> Tensor:
         num_tokens = len(tokens.row)
-        shape = _rectangle(tokens.row, tokens.col)
+        shape = rectangle(tokens.row, tokens.col)
         center = self.offset == "center"
         if self.mode == "grid2d" and shape is not None:
             index = grid_indices(*shape, tokens.num_keep, center)
@@ -57,39 +57,10 @@ class UniformGrid(CropwiseMethod):
         return index.to(tokens.position.device).expand(len(tokens.sample), -1)
 
 
-def _rectangle(row: Tensor, col: Tensor) -> tuple[int, int] | None:
-    """Size of the grid if the tokens are a full rectangle of cells in raster order, else None."""
-    rows, cols = row.unique(), col.unique()
-    if (row < 0).any() or len(rows) * len(cols) != len(row):
-        return None
-    is_raster = torch.equal(row, rows.repeat_interleave(len(cols))) and torch.equal(col, cols.repeat(len(rows)))
-    return (len(rows), len(cols)) if is_raster else None
-
-
 def stride_indices(num_tokens: int, num_keep: int, center: bool) -> Tensor:
     """Every ``num_tokens // num_keep``-th of the flat order, the first ``num_keep`` of them; long ``[K]``."""
     step = num_tokens // num_keep
     return torch.arange(num_keep) * step + (step // 2 if center else 0)
-
-
-def lattice_shape(rows: int, cols: int, num_keep: int) -> tuple[int, int]:
-    """
-    Rows R and columns S of the lattice: ``R * S = K`` with R/S closest to ``rows/cols``.
-
-    Where no factorisation is within a factor of two of that ratio (K prime, say), R is ``round(sqrt(K * rows / cols))``
-    and ``R * S`` exceeds K by less than R. Of two equally good shapes, the one with fewer rows.
-    """
-
-    def distortion(shape: tuple[int, int]) -> float:
-        sides = shape[0] * cols, shape[1] * rows
-        return max(sides) / min(sides)
-
-    fits = [(r, num_keep // r) for r in range(1, min(rows, num_keep) + 1) if num_keep % r == 0]
-    best = min((shape for shape in fits if shape[1] <= cols), key=distortion, default=None)
-    if best is not None and distortion(best) <= 2:
-        return best
-    r = min(max(round(math.sqrt(num_keep * rows / cols)), -(-num_keep // cols), 1), rows, num_keep)
-    return r, -(-num_keep // r)
 
 
 def grid_indices(rows: int, cols: int, num_keep: int, center: bool) -> Tensor:
