@@ -161,7 +161,7 @@ class ComputeEngine:
         """Every prompt of the batch on its own, without its padding."""
         _refuse_odd_logits(layer, method, call)
         prompts = self._prompts(stage, call)
-        answers = []
+        answers: list[Tensor | None] = []
         for sample, (at, tokens) in enumerate(prompts):
             if not tokens.num_visual:
                 answers.append(None)

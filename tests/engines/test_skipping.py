@@ -268,7 +268,7 @@ def test_fused_projections_are_refused():
             super().__init__()
             self.self_attn = FusedAttention()
 
-    with pytest.raises(lmmhooks.ModelError, match="no query projection of its own .*children are qkv_proj, o_proj"):
+    with pytest.raises(lmmhooks.ModelError, match=r"no query projection of its own .*children are qkv_proj, o_proj"):
         LayerParts.query_projection_of(FusedLayer())
 
 

@@ -7,7 +7,7 @@ Shapes: n tokens of one prompt without its padding, H query heads, Hkv key heads
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -58,8 +58,8 @@ class PromptTokens:
 
     def to(self, device: torch.device) -> PromptTokens:
         """The same with tensors on another device."""
-        moved = {item.name: getattr(self, item.name) for item in fields(self)}
-        return PromptTokens(**{k: v if isinstance(v, bool) else v.to(device) for k, v in moved.items()})
+        image, crop, row, col = (values.to(device) for values in (self.image, self.crop, self.row, self.col))
+        return PromptTokens(image, crop, row, col, self.placed)
 
 
 @dataclass(frozen=True, eq=False)

@@ -54,8 +54,10 @@ def visual_pairs(tokens: PromptTokens, rows: Tensor, vv: str, cross_image: bool,
     Tensor
         ``[R, n]`` bool.
     """
-    inside = {"none": no_pairs, "self": own, "neighbor": partial(neighbours, window=window, causal=causal)}[vv]
-    pairs = inside(tokens, rows)
+    if vv == "neighbor":
+        pairs = neighbours(tokens, rows, window, causal)
+    else:
+        pairs = own(tokens, rows) if vv == "self" else no_pairs(tokens, rows)
     return pairs | earlier_images(tokens, rows) if cross_image else pairs
 
 
@@ -110,8 +112,13 @@ class NAAViT(ComputeMethod):
         if "rows" not in context.plan:
             if self.vv == "neighbor" and not context.tokens.placed:
                 raise PromptError(f"{self.id}: where visual tokens lie in the image is not known here; use vv='self'")
-            sees = {"vv": self.vv, "cross_image": self.cross_image == "causal"}
-            pairs = partial(visual_pairs, **sees, window=self.window, causal=self.causal)
+            pairs = partial(
+                visual_pairs,
+                vv=self.vv,
+                cross_image=self.cross_image == "causal",
+                window=self.window,
+                causal=self.causal,
+            )
             context.plan["rows"] = row_blocks(context.tokens, pairs)
         rows = context.plan["rows"]
         context.memory[context.layer, context.sample] = rows.text_pairs + rows.visual_pairs

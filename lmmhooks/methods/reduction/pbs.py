@@ -217,8 +217,8 @@ class PBS(ComputeMethod):
     )
     frame_aligned: bool = setting(
         False,
-        help="Segments at least as long as a frame: the smallest multiple of block that holds the tokens of the largest "
-        "crop or frame, but at least `segment`. An extension, UNVERIFIED.",
+        help="Segments as long as a frame: the smallest multiple of block that holds the tokens of the largest crop or "
+        "frame, but at least `segment`. An extension, UNVERIFIED.",
     )
     text_dense: bool = setting(False, help="Text rows see everything before them. An extension, UNVERIFIED.")
     dense_layers: int = setting(0, help="First decoder layers left dense, >= 0; 2 is suggested (UNVERIFIED).")
