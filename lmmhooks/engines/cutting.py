@@ -105,17 +105,18 @@ def select_tokens(
     """
     stage = state.stages[-1]
     layout = stage.layout
-    candidates = find_groups(layout, method.scope, method.newline)
+    candidates = find_groups(layout, cut.scope or method.scope, method.newline)
     targets = image_targets(method, cut, state, readings.runtime.family)
     split = _each if method.keep_per == "crop" and targets is None else method.split
-    groups = assign_quotas(candidates, cut.keep, method.count, split, initial, targets)
+    first = {} if cut.of_current else initial
+    groups = assign_quotas(candidates, cut.keep, method.count, split, first, targets)
     dynamic = cut.keep is None and targets is None
     if not groups or not (dynamic or any(group.quota < len(group) for group in groups)):
         return None
     values = {
         probe.name: readings.values(probe, state, stage).to(hidden.device)
         for probe in method.probes(readings.runtime.family)
-        if not probe.signal.startswith("decoder") or probe.layer <= cut.layer
+        if not probe.signal.startswith("decoder") or probe.layer < cut.layer + (probe.signal == "decoder_rows")
     }
     chosen = [torch.arange(group.quota) for group in groups]
     answers: list[tuple[list[int], Tensor, Tensor | None]] = []
@@ -173,6 +174,7 @@ def _tokens(
         num_keep=first.quota,
         layer=cut.layer,
         probes={name: value[sample[:, None], position] for name, value in values.items()},
+        readings=values,
         crop=first.crop,
         row=first.row,
         col=first.col,
