@@ -34,7 +34,9 @@ def tower_features(zoo: Zoo, pixels: Tensor) -> Tensor:
         return zoo.model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[last + 1]
 
 
-def check_features(family: str, method: Any, make_rule: Callable[[], Rule], *, depth: int = 7, weigh: bool = False):
+def check_features(
+    family: str, method: Any, make_rule: Callable[[], Rule], *, depth: int = 7, weigh: bool = False
+) -> list[int]:
     """Survivors and all slots of five crops against the naive tower; returns the number of survivors per crop."""
     zoo = build(family, tower_layers=depth)
     last = resolve(zoo.model).feature_layer
@@ -55,7 +57,9 @@ def check_features(family: str, method: Any, make_rule: Callable[[], Rule], *, d
     return counts
 
 
-def check_answers(family: str, method: Any, make_rule: Callable[[], Rule], *, depth: int = 7, weigh: bool = False):
+def check_answers(
+    family: str, method: Any, make_rule: Callable[[], Rule], *, depth: int = 7, weigh: bool = False
+) -> None:
     """Logits of a left-padded batch of two at prefill and three steps, against the naive tower and decoder."""
     zoo, eager = build(family, tower_layers=depth), build(family, attn="eager", tower_layers=depth)
     inputs = zoo.inputs(batch=2, images=IMAGES[family])
