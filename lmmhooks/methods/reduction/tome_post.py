@@ -28,7 +28,7 @@ __all__ = ["ToMePost", "merge_rounds"]
 @dataclass(frozen=True)
 class ToMePost(CropwiseMethod):
     """
-    Bipartite soft matching of every crop's tokens by keys of a vision layer, mean over heads and the patches of a token.
+    Bipartite soft matching of every crop's tokens by keys of a vision layer, mean over heads and patches of a token.
 
     One round merges at most half of the tokens; what is left to merge takes further rounds. A merged token is the mean
     of the projected tokens it stands for, at the place of the first of them.
