@@ -35,8 +35,9 @@ def summarise(records: Sequence[Record], reference: Sequence[Record]) -> dict[st
     dict
         Times in milliseconds per batch (``median``, ``p90``), ``decode_tokens_per_s`` (None if every answer is one
         token long: there is no decode step to time), visual tokens per document, ``kv_mib`` and ``prefill_gflops``
-        per document, and ``relative``: the ratios to the baseline, below 1 where the variant needs less. Empty
-        without answers.
+        per document, and ``relative``: the ratios to the baseline, below 1 where the variant needs less. There,
+        ``prefill_limit`` is what the whole prefill would come to by its FLOPs, the tower untouched: the limit that a
+        prompt sets which was as short to begin with. Empty without answers.
     """
     if not records:
         return {}
@@ -132,9 +133,16 @@ def _relative(batches: Batches, reference: Batches) -> dict[str, float | None]:
         below = sum(b for a, b in counted if a is not None and b is not None)
         return above / below if below else None
 
+    def limit() -> float | None:
+        counted = [(_gflops(a), _gflops(b), b.get("batch_vision_flops")) for a, b in pairs]
+        known = [(a, b, vision / 1e9) for a, b, vision in counted if None not in (a, b, vision)]
+        below = sum(b + vision for _, b, vision in known)
+        return sum(a + vision for a, _, vision in known) / below if below else None
+
     return {
         "prefill_time": times("batch_prefill_ms"),
         "prefill_flops": totals(_gflops),
+        "prefill_limit": limit(),
         "step_time": times("batch_decode_ms"),
         "kv_bytes": totals(_kv_mib),
     }

@@ -159,6 +159,22 @@ class Generator:
             sequences = self.model.generate(**inputs, **arguments)
         return [answer.text for answer in self._read(inputs, sequences)]
 
+    def first_logits(self, inputs: Any) -> torch.Tensor:
+        """Logits of the first token of every answer, ``[B, vocabulary]``; ``inputs`` as `inputs` returns them."""
+        output = self._greedy(inputs, 1, output_logits=True, return_dict_in_generate=True)
+        logits: torch.Tensor = output.logits[0]
+        return logits
+
+    def tokens(self, inputs: Any, number: int) -> torch.Tensor:
+        """Ids ``[B, number]`` of the most likely tokens of every answer, past the end of an answer too."""
+        sequences: torch.Tensor = self._greedy(inputs, number)
+        return sequences[:, -number:]
+
+    def _greedy(self, inputs: Any, number: int, **arguments: Any) -> Any:
+        arguments |= {"do_sample": False, "max_new_tokens": number, "min_new_tokens": number}
+        with torch.inference_mode():
+            return self.model.generate(**inputs, **self._arguments(arguments))
+
     def inputs(self, prompts: Sequence[str], images: Sequence[Sequence[Any]]) -> Any:
         """The processor's tensors of a batch on the model's device, padded on the left."""
         tokenizer = self.processor.tokenizer

@@ -14,6 +14,8 @@ from lmmhooks.methods.decoding.base import DecodingMethod
 from lmmhooks.methods.reduction.base import ReductionMethod
 from lmmhooks.methods.reduction.caching import CacheMethod
 from lmmhooks.methods.reduction.compute import ComputeMethod
+from lmmhooks.methods.reduction.downsample import Downsample
+from lmmhooks.methods.reduction.injecting import InjectionMethod
 from lmmhooks.methods.reduction.tower import TowerMethod
 
 __all__ = ["check_composition"]
@@ -36,8 +38,8 @@ def check_composition(family: Any, present: Sequence[Method], added: Sequence[Me
     ------
     MethodError
         The same method twice, two reducers at one boundary, two decoding methods, two that compare heads with a
-        reading without images, key/value compression twice or beside edits of answers' attention, one that leaves out
-        what another reads or edits, or a declared conflict; the text says which and what to do.
+        reading without images, key/value compression twice or beside edits of answers' attention, images inserted twice or
+        beside lazy branches, one that leaves out what another reads or edits, or a declared conflict; the text says which and what to do.
     """
     known: list[Method] = list(present)
     for new in added:
@@ -67,13 +69,18 @@ def _conflict(family: Any, old: Method, new: Method) -> str | None:
             "one edits the attention that answers pay to positions of the prompt, of which the other leaves different "
             "ones to every head"
         )
+    inserts = [method for method in (old, new) if isinstance(method, InjectionMethod)]
+    if len(inserts) == 2:
+        return "both insert images into the answer"
+    if inserts and any(isinstance(part, DecodingMethod) and part.lazy for m in (old, new) for part in m.parts()):
+        return "branches that run on demand read the answer without what is inserted into it; use lazy=False"
     for one, other in ((old, new), (new, old)):
         for part, beside in product(one.parts(), other.parts()):
             if isinstance(part, ComputeMethod) and (reason := _needs_left_out(family, part, beside)):
                 return reason
     for one, other in ((old, new), (new, old)):
-        if isinstance(one, TowerMethod) and any(_reads_tower(family, part) for part in other.parts()):
-            return f"{other.id} reads all patches of the vision tower, inside which {one.id} removes tokens"
+        if isinstance(one, (TowerMethod, Downsample)) and any(_reads_tower(family, part) for part in other.parts()):
+            return f"{other.id} reads all patches of the vision tower, which {one.id} gives fewer"
     if isinstance(old, ReductionMethod) and isinstance(new, ReductionMethod):
         shared = {cut.layer for cut in old.cuts(family)} & {cut.layer for cut in new.cuts(family)}
         if shared:

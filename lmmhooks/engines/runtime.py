@@ -35,9 +35,10 @@ from lmmhooks.methods.attention.steering import SteeringMethod
 from lmmhooks.methods.base import Method
 from lmmhooks.methods.decoding.base import DecodingMethod
 from lmmhooks.methods.reduction.base import ReductionMethod
-from lmmhooks.methods.reduction.downsample import Downsample
 from lmmhooks.methods.reduction.caching import CacheMethod
 from lmmhooks.methods.reduction.compute import ComputeMethod
+from lmmhooks.methods.reduction.downsample import Downsample
+from lmmhooks.methods.reduction.injecting import InjectionMethod
 from lmmhooks.methods.reduction.tower import TowerMethod
 
 if TYPE_CHECKING:
@@ -101,6 +102,10 @@ class Runtime:
         if self.last is None or not self.last.stages:
             raise MethodError("no prompt has run under this patch yet; call model.generate(...) or model(...) first")
         return self.last
+
+    def state_of(self, cache: Any) -> PromptState | None:
+        """State of the prompt that a cache holds; None for an empty one and for one that was not read here."""
+        return self._states.get(cache) if isinstance(cache, Cache) and cache.get_seq_length() else None
 
     # -- patches ------------------------------------------------------------------------------------------------------
 
@@ -184,6 +189,10 @@ class Runtime:
 
             BranchEngine(self, branching).attach(attach)
         self._follow(attach)
+        if injecting := of_kind(methods, InjectionMethod):
+            from lmmhooks.engines.injection import InjectionEngine
+
+            InjectionEngine(self, injecting).attach(attach)
         edits, steers = of_kind(methods, AttentionMethod), of_kind(methods, SteeringMethod)
         self.row_keepers = [m for m in edits if type(m).select_rows is not AttentionMethod.select_rows]
         if self.row_keepers:

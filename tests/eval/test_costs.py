@@ -6,10 +6,12 @@ import time
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import CLIPVisionConfig, DynamicCache, LlamaConfig, LlavaConfig, Qwen2_5_VLConfig
 
+from lmmhooks import cost
 from lmmhooks_eval.accounting import MemoryMeter, TokenClock, kv_cache_bytes
 from lmmhooks_eval.costs import summarise
+from lmmhooks_eval.effect import dense_effect
 from tests.eval.runs import answer, documents
 
 CPU = torch.device("cpu")
@@ -92,3 +94,25 @@ def test_batches_split_for_memory_are_batches_of_their_own() -> None:
 
 def test_no_answers_no_costs() -> None:
     assert summarise([], []) == {}
+
+
+def test_the_native_limit_leaves_the_tower_out_of_what_is_saved() -> None:
+    docs = documents(number=12)
+    baseline = [{**record, "batch_vision_flops": 1e9} for record in _pass("baseline", docs)]
+    relative = summarise(_pass("v", docs), baseline)["relative"]
+    assert relative["prefill_flops"] == pytest.approx(1 / 2)
+    assert relative["prefill_limit"] == pytest.approx((1 + 1) / (2 + 1))
+    assert summarise(_pass("v", docs), _pass("baseline", docs))["relative"]["prefill_limit"] is None
+
+
+def test_the_tower_counts_crops_of_a_fixed_size_and_images_of_any() -> None:
+    clip = CLIPVisionConfig(image_size=336, patch_size=14, hidden_size=768, num_hidden_layers=24)
+    llava = LlavaConfig(vision_config=clip, text_config=LlamaConfig())
+    one = dense_effect(llava, [(640, 576)]).batch["batch_vision_flops"]
+    shape = cost.VisionShape.from_config(llava.vision_config)
+    assert one == 2 * cost.vision_macs(shape, 576)
+    assert dense_effect(llava, [(700, 576), (2944, 2880)]).batch["batch_vision_flops"] == 6 * one
+    qwen = Qwen2_5_VLConfig()
+    shape = cost.VisionShape.from_config(qwen.vision_config)
+    # Four patches are merged into a token.
+    assert dense_effect(qwen, [(100, 64)]).batch["batch_vision_flops"] == 2 * cost.vision_macs(shape, 256)

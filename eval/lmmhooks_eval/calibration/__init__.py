@@ -17,7 +17,9 @@ from lmmhooks.errors import LmmhooksError
 from lmmhooks_eval import environment
 from lmmhooks_eval.calibration.directions import DirectionEstimate
 from lmmhooks_eval.calibration.heads import HeadSearch
+from lmmhooks_eval.calibration.layers import LayerSearch
 from lmmhooks_eval.calibration.sinks import SinkSearch
+from lmmhooks_eval.calibration.visual_heads import VisualHeadSearch
 from lmmhooks_eval.generate import Generator
 from lmmhooks_eval.progress import RunProgress
 
@@ -46,7 +48,14 @@ _PROCEDURES: Mapping[str, type[Any]] = {
     "sink_dims": SinkSearch,
     "heads": HeadSearch,
     "directions": DirectionEstimate,
+    "layers": LayerSearch,
+    "yopo.heads": VisualHeadSearch,
 }
+"""By name of the setting; one of a single method, by its id and name, comes first."""
+
+
+def _measure_of(method: Method, name: str) -> type[Any] | None:
+    return _PROCEDURES.get(f"{method.id}.{name}", _PROCEDURES.get(name))
 
 
 def procedure_for(method: Method, options: Mapping[str, Any]) -> tuple[str, Procedure]:
@@ -65,10 +74,11 @@ def procedure_for(method: Method, options: Mapping[str, Any]) -> tuple[str, Proc
     LmmhooksError
         The method has nothing to measure, or an option does not apply to it.
     """
-    name = next((name for name in method.calibrated if name in _PROCEDURES), None)
-    if name is None:
+    found = [(name, kind) for name in method.calibrated if (kind := _measure_of(method, name)) is not None]
+    if not found:
         raise LmmhooksError(f"{method.id} has no setting that `lmmhooks calibrate` measures; use it as it is")
-    fields = [field.name for field in dataclasses.fields(_PROCEDURES[name])]
+    name, kind = found[0]
+    fields = [field.name for field in dataclasses.fields(kind)]
     given = {key: value for key, value in options.items() if value is not None}
     for key in given:
         if key not in fields:
@@ -76,7 +86,7 @@ def procedure_for(method: Method, options: Mapping[str, Any]) -> tuple[str, Proc
             raise LmmhooksError(
                 f"--{key.replace('_', '-')} does not apply to {method.id}, whose {name} are measured with {listed}"
             )
-    procedure: Procedure = _PROCEDURES[name](**given)
+    procedure: Procedure = kind(**given)
     return name, procedure
 
 

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmmhooks_eval.errors import TaskError
-from lmmhooks_eval.plan import prepare, select
+from lmmhooks_eval.plan import Item, prepare, select
 from lmmhooks_eval.task import Doc, Task
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["Demo", "demos_from_file", "demos_from_task", "documents"]
+__all__ = ["Demo", "asked", "demos_from_file", "demos_from_task", "documents"]
 
 _FIELDS = ("image", "question", "value", "h_value")
 
@@ -47,6 +47,22 @@ class Demo:
 def documents(task: Task) -> tuple[Sequence[Doc], bool]:
     """A task's documents for calibration, or those of the benchmark if it has none; and whether they are the latter."""
     return (task.load(), True) if task.calibration is None else (task.calibration(), False)
+
+
+def asked(task: Task, processor: Any, limit: int | None, seed: int) -> tuple[list[Item], bool]:
+    """
+    Documents of a task for calibration, ready to be asked, and whether they are part of the benchmark.
+
+    Raises
+    ------
+    TaskError
+        One of them cannot be asked.
+    """
+    docs, is_benchmark = documents(task)
+    items = [prepare(task, doc, processor) for doc in select(task, docs, limit, seed)]
+    if problem := next((item.error for item in items if item.error), None):
+        raise TaskError(problem)
+    return items, is_benchmark
 
 
 def demos_from_task(task: Task, processor: Any, limit: int | None, seed: int) -> tuple[list[Demo], bool]:

@@ -9,11 +9,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lmmhooks_eval.calibration.documents import documents
+from lmmhooks_eval.calibration.documents import asked
 from lmmhooks_eval.errors import TaskError
 from lmmhooks_eval.generate import Generator
 from lmmhooks_eval.identity import digest
-from lmmhooks_eval.plan import Item, batches, prepare, select
+from lmmhooks_eval.plan import Item, batches
 from lmmhooks_eval.progress import RunProgress
 from lmmhooks_eval.task import Task
 from lmmhooks_eval.tasks import get_task
@@ -71,10 +71,7 @@ class HeadSearch:
 
         family = resolve(generator.model)
         task = get_task(self.task)
-        docs, is_benchmark = documents(task)
-        items = [prepare(task, doc, generator.processor) for doc in select(task, docs, self.limit, self.seed)]
-        if problem := next((item.error for item in items if item.error), None):
-            raise TaskError(problem)
+        items, is_benchmark = asked(task, generator.processor, self.limit, self.seed)
         one_by_one = {
             (layer, head): replace(method, heads={layer: [head]})  # type: ignore[call-arg] # methods with this field
             for layer in replace(method, heads="all").layers(family)  # type: ignore[call-arg, attr-defined]
