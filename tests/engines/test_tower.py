@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from transformers import AttentionInterface
 
 import lmmhooks
 from lmmhooks.engines.runtime import find_runtime
@@ -118,6 +119,39 @@ def test_weights_of_keys_are_added_as_logarithms(attn):
     pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(2))
     with lmmhooks.wrap(zoo.model, Weigh()), lmmhooks.wrap(other.model, Weigh()):
         torch.testing.assert_close(tower_features(zoo, pixels), tower_features(other, pixels), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", [Weigh(), Thin(share=None)], ids=str)
+def test_backends_that_take_no_mask_are_replaced_where_one_is_needed(method):
+    """Flash attention has no place for a number per key; here is a backend that has none either."""
+
+    def attend(module, q, k, v, mask, **kwargs):
+        assert mask is None, "a kernel that takes no mask was given one"
+        called.append(module)
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=kwargs["scaling"])
+        return out.transpose(1, 2).contiguous(), None
+
+    called: list[Any] = []
+    AttentionInterface.register("test_maskless", attend)
+    zoo, other = build("llava", tower_layers=5), build("llava", tower_layers=5)
+    zoo.model.model.vision_tower.config._attn_implementation_internal = "test_maskless"
+    pixels = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+    with lmmhooks.wrap(zoo.model, method), lmmhooks.wrap(other.model, method):
+        torch.testing.assert_close(tower_features(zoo, pixels), tower_features(other, pixels), atol=1e-5, rtol=1e-5)
+    assert called, "layers before the first reduction need no mask"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("method", [Weigh(), Thin(share=None)], ids=str)
+def test_half_precision_pads_and_weighs_alike(method, dtype):
+    """Numbers that stand for "nothing" must survive the cast: features stay near those of float32, and finite."""
+    zoo, exact = build("llava", tower_layers=4, dtype=dtype), build("llava", tower_layers=4)
+    pixels = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+    with lmmhooks.wrap(zoo.model, method), lmmhooks.wrap(exact.model, method):
+        features, expected = tower_features(zoo, pixels.to(dtype)).float(), tower_features(exact, pixels)
+    assert torch.isfinite(features).all()
+    # A patch near the mean may fall on the other side of it; the class token sees all that is left.
+    assert (features[:, 0] - expected[:, 0]).norm() < 0.1 * expected[:, 0].norm()
 
 
 def test_crops_do_not_see_each_other():

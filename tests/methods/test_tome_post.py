@@ -17,28 +17,11 @@ from lmmhooks.engines.runtime import find_runtime
 from lmmhooks.family import resolve
 from lmmhooks.methods.reduction.tome_post import ToMePost, merge_rounds
 from tests.reference.reduction import keep_only, reduced_logits
+from tests.reference.tower import clusters_of
 from tests.zoo import FAMILIES, build
 
 # float32 through four layers, batched against single rows; largest difference seen is 4e-6 on logits of about 3.
 TOLERANCE = 2e-5
-
-
-def naive_merge(metric: list[Tensor], num_keep: int) -> list[list[int]]:
-    """Members of the tokens that are left, in the order of their first; one pair after the other in every round."""
-    clusters = [[i] for i in range(len(metric))]
-    while len(clusters) > num_keep:
-        keys = [torch.stack([metric[i] for i in members]).mean(dim=0) for members in clusters]
-        pairs = []
-        for a in range(0, len(clusters), 2):
-            cosines = {b: float(torch.cosine_similarity(keys[a], keys[b], dim=0)) for b in range(1, len(clusters), 2)}
-            b = max(cosines, key=lambda b: cosines[b])
-            pairs.append((-cosines[b], a, b))
-        chosen = sorted(pairs)[: min(len(clusters) - num_keep, len(clusters) // 2)]
-        for _, a, b in chosen:
-            clusters[b] = clusters[b] + clusters[a]
-        gone = {a for _, a, _ in chosen}
-        clusters = sorted((members for i, members in enumerate(clusters) if i not in gone), key=min)
-    return clusters
 
 
 @contextmanager
@@ -108,7 +91,7 @@ def test_answers_equal_the_naive_rendering(family, keep):
             start += len(positions)
             for crop in range(len(span.tokens.grids)):
                 members = (span.tokens.crop == crop).nonzero().flatten().tolist()
-                for cluster in naive_merge([here[i] for i in members], keep):
+                for cluster in clusters_of([here[i] for i in members], keep):
                     places = [positions[members[i]] for i in cluster]
                     clusters[min(places)] = places
         stay = sorted(clusters)
@@ -131,7 +114,7 @@ def test_rounds_keep_means_and_first_members():
     for num_keep in (1, 4, 14, 15, 28):
         merged, origin = merge_rounds(metric, states, num_keep)
         for group in range(3):
-            clusters = naive_merge(list(metric[group]), num_keep)
+            clusters = clusters_of(list(metric[group]), num_keep)
             assert origin[group].tolist() == [min(members) for members in clusters]
             means = torch.stack([states[group, members].mean(dim=0) for members in clusters])
             torch.testing.assert_close(merged[group], means)

@@ -252,3 +252,21 @@ def flowcut(target: int, last: int, momentum: float) -> Rule:
         return [tokens[0], *(token for token in tokens[1:] if token.slot in stay)]
 
     return rule
+
+
+def clusters_of(metric: list[Tensor], num_keep: int) -> list[list[int]]:
+    """Members of the tokens that are left, in the order of their first; one pair after the other in every round."""
+    clusters = [[i] for i in range(len(metric))]
+    while len(clusters) > num_keep:
+        keys = [torch.stack([metric[i] for i in members]).mean(dim=0) for members in clusters]
+        pairs = []
+        for a in range(0, len(clusters), 2):
+            cosines = {b: float(torch.cosine_similarity(keys[a], keys[b], dim=0)) for b in range(1, len(clusters), 2)}
+            b = max(cosines, key=lambda b: cosines[b])
+            pairs.append((-cosines[b], a, b))
+        chosen = sorted(pairs)[: min(len(clusters) - num_keep, len(clusters) // 2)]
+        for _, a, b in chosen:
+            clusters[b] = clusters[b] + clusters[a]
+        gone = {a for _, a, _ in chosen}
+        clusters = sorted((members for i, members in enumerate(clusters) if i not in gone), key=min)
+    return clusters

@@ -161,6 +161,7 @@ class TowerMethod(ReductionMethod):
     the decoder in raster order. Vision layers behind that layer are wasted in the unpatched model too, and run on the
     full grid.
 
+    Counts hold for what leaves the tower: survivors in the padding that LLaVA-NeXT cuts off never reach the decoder.
     Where packing interpolates a large mosaic (LLaVA-OneVision), a token of the decoder survives that shows survivors
     for at least half; slots of tokens that left hold the state they left with. Videos that are pooled are refused.
     """
