@@ -17,14 +17,21 @@ def calibrate(
     method: Annotated[str, typer.Argument(help="Method to calibrate, with settings if need be: 'act(beta=0.3)'.")],
     model: Annotated[str, typer.Option(help="Model to load: a bundled name, a folder or a hub id.")],
     task: Annotated[
-        str | None, typer.Option(help="Task that decides (act: scenes-pope) or holds demonstrations (vti).")
+        str | None,
+        typer.Option(help="Task that decides (act: scenes-pope), holds demonstrations (vti) or prompts."),
     ] = None,
     demos: Annotated[
         str | None, typer.Option(help="vti: JSON lines of image, question, value, h_value instead of a task.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="About this many documents (act 900, vti 60).")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="About this many documents (act 900, yopo 100 ...).")] = None,
     margin: Annotated[
         float | None, typer.Option(help="act: keep heads that beat the unedited score by more than this (0).")
+    ] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="yopo: attention on the image over all other, above which a head stays (0.07).")
+    ] = None,
+    rule: Annotated[
+        str | None, typer.Option(help="yopo: 'mean' of the ratios over documents (default), or 'vote' of documents.")
     ] = None,
     trials: Annotated[int | None, typer.Option(min=1, help="vti: masked copies per image (50).")] = None,
     mask_ratio: Annotated[float | None, typer.Option(help="vti: share of masked patches (0.99).")] = None,
@@ -42,7 +49,7 @@ def calibrate(
     quantization: Annotated[str | None, typer.Option(help="bnb-4bit or bnb-8bit; unset: none.")] = None,
     json: JsonOption = False,
 ) -> None:
-    """Measure on a checkpoint what a method needs: head list (act), directions (vti), sink channels (var)."""
+    """Measure on a checkpoint what a method needs: heads (act, yopo), layers (shortv), directions (vti) ..."""
     from lmmhooks.errors import LmmhooksError
     from lmmhooks.loading import load
     from lmmhooks.methods.registry import resolve
@@ -57,6 +64,8 @@ def calibrate(
         "demos": demos,
         "limit": limit,
         "margin": margin,
+        "threshold": threshold,
+        "rule": rule,
         "trials": trials,
         "mask_ratio": mask_ratio,
         "grouping": grouping,
