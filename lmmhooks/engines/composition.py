@@ -38,8 +38,9 @@ def check_composition(family: Any, present: Sequence[Method], added: Sequence[Me
     ------
     MethodError
         The same method twice, two reducers at one boundary, two decoding methods, two that compare heads with a
-        reading without images, key/value compression twice or beside edits of answers' attention, images inserted twice or
-        beside lazy branches, one that leaves out what another reads or edits, or a declared conflict; the text says which and what to do.
+        reading without images, key/value compression twice or beside edits of answers' attention, images inserted
+        twice or beside lazy branches, one that leaves out what another reads or edits, or a declared conflict; the text
+        says which and what to do.
     """
     known: list[Method] = list(present)
     for new in added:
