@@ -10,6 +10,7 @@ import torch
 import lmmhooks
 from lmmhooks.engines.runtime import find_runtime
 from tests.engines.reducers import visual_groups
+from tests.reference.attention import positions_of
 from tests.reference.reduction import Choose, reduced_logits
 from tests.zoo import Zoo, build
 
@@ -49,7 +50,9 @@ def equals_rendering(
     with torch.no_grad():
         plain = zoo.model(**batch).logits
         with lmmhooks.wrap(zoo.model, *methods):
-            prefill = zoo.model(**batch).logits
+            # Numbered as `generate` does: a plain forward counts padding, which what is chosen may depend on.
+            positions = positions_of(zoo.model, batch)
+            prefill = zoo.model(**batch, **({} if positions is None else {"position_ids": positions})).logits
             out = zoo.model.generate(**batch, **KWARGS)
     answer = out.sequences[:, batch["input_ids"].shape[1] :]
     logits = torch.stack(out.logits, dim=1)

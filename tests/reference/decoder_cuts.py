@@ -107,7 +107,7 @@ def dart(
 
     def choose(alive: list[Token], attention: Tensor | None, prompt: int) -> list[Token]:
         strength = {n: float(keys[:, n].abs().sum()) for n in range(prompt)}
-        text = [n for n in range(max(visual) + 1, prompt)]
+        text = list(range(max(visual) + 1, prompt))
         by_norm = lambda numbers: sorted(numbers, key=lambda n: (-strength[n], n))  # noqa: E731
         first = by_norm(visual)[:pivots]
         turns = first + by_norm(text)[:text_pivots]
@@ -257,7 +257,7 @@ def exit_at(visual: Sequence[int]) -> Choose:
 def patient(
     visual: Sequence[int], holds: Callable[[int, Tensor, int], bool], first: int, depth: int
 ) -> dict[int, Choose]:
-    """Behind the first layer from ``first`` on at which, as at the one before, ``holds(layer, attention, last row)``."""
+    """Exit behind the first layer from ``first`` on where, as one before, ``holds(layer, attention, last row)``."""
     known: dict[int, bool] = {}
 
     def behind(layer: int) -> Choose:
