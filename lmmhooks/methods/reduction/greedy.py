@@ -34,8 +34,12 @@ def cosine(features: Tensor, others: Tensor | None = None) -> Tensor:
         ``[G, M, V]``; a vector of zeros is similar to nothing.
     """
     one = torch.nn.functional.normalize(features.float(), dim=-1)
-    two = one if others is None else torch.nn.functional.normalize(others.float(), dim=-1)
-    return one @ two.transpose(1, 2)
+    if others is not None:
+        return one @ torch.nn.functional.normalize(others.float(), dim=-1).transpose(1, 2)
+    similarity = one @ one.transpose(1, 2)
+    # A token is as similar to itself as any other is: where that decides, round-off must not.
+    similarity.diagonal(dim1=1, dim2=2).round_()
+    return similarity
 
 
 @torch.no_grad()
@@ -164,10 +168,11 @@ def _cover_changes(rows: Tensor, num_keep: int, factor: Tensor, offset: Tensor) 
     covered = rows.new_zeros(len(rows))
     # Differences add up over all steps: doubles, so that no more is lost than by summing anew in float32.
     gain = rows.relu().sum(dim=0, dtype=torch.double)
-    chosen = torch.zeros_like(gain)
+    chosen = torch.zeros_like(factor)
     order = torch.empty(num_keep, dtype=torch.long)
     for step in range(num_keep):
-        best = (gain * factor + offset + chosen).argmax()
+        # Rounded, because gains that are equal differ in the last digits of a double, by the way they came about.
+        best = (gain.float() * factor + offset + chosen).argmax()
         order[step] = best
         chosen[best] = -torch.inf
         column = rows[:, best]
