@@ -11,7 +11,8 @@ import lmmhooks
 from lmmhooks import cost
 from lmmhooks.engines.runtime import find_runtime
 from lmmhooks.engines.skipping import prompt_tokens
-from lmmhooks.methods.reduction.pbs import PBS, attend_flex, attend_kept, kept_blocks, key_order, pairs_kept
+from lmmhooks.methods.reduction.pbs import PBS
+from lmmhooks.methods.reduction.permuting import attend_flex, attend_kept, kept_blocks, key_order, pairs_kept
 from tests.methods.rendered import SEVERAL, equals_rendering, prompts_of, same_bits
 from tests.methods.test_naavit import tokens_of
 from tests.reference.compute import pbs
