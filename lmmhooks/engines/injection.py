@@ -143,7 +143,8 @@ class InjectionEngine:
         cells = torch.stack([pooling.row, pooling.col]).to(embeddings.device)
         states = (weights @ embeddings[span.sample, position].float()).to(embeddings.dtype)
         extra = []
-        for feature in features if rank is not None else ():
+        for feature in features:
+            assert rank is not None
             own = feature[rank[span.sample, position].to(feature.device)].float()
             extra.append((weights.to(own.device) @ own).to(feature.dtype))
         return states, cells, extra
@@ -200,8 +201,8 @@ class InjectionEngine:
         if state is None or not state.memory(self).get("inserts"):
             return None
         kwargs = {**dict(zip(self._names, args, strict=False)), **kwargs}
-        tokens, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
-        num_new = int((embeds if tokens is None else tokens).shape[1])
+        tokens = kwargs.get("input_ids")
+        num_new = int((kwargs["inputs_embeds"] if tokens is None else tokens).shape[1])
         memory = state.memory(self)
         if num_new == 1 and tokens is not None:
             due = self._due(state, memory, tokens)

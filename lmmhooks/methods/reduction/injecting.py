@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -50,8 +51,8 @@ class InjectionMethod(Method):
     max_injections: int = setting(2, help="Most injections per answer, >= 0; 0 changes nothing.")
 
     def __post_init__(self) -> None:
-        # Lists are how recipes write tuples.
-        if isinstance(self.bridge, list):
+        if isinstance(self.bridge, Sequence) and not isinstance(self.bridge, str):
+            # Recipes write lists.
             object.__setattr__(self, "bridge", tuple(self.bridge))
         ids = isinstance(self.bridge, tuple) and all(isinstance(i, int) and i >= 0 for i in self.bridge)
         self._require(isinstance(self.bridge, str) or ids, "bridge", "a text or a sequence of token ids")

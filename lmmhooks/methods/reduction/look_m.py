@@ -3,8 +3,9 @@ LOOK-M: once the prompt is read, keep all text and the most attended image token
 
 Paper: "LOOK-M: Look-Once Optimization in KV Cache for Efficient Multimodal Long-Context Inference", Findings of EMNLP
 2024, arXiv 2406.18139. Code: github.com/SUSTechBruce/LOOK-M (implemented from its description).
-Differs from the released code in that scores are float32: in half precision its penalty for image tokens swallows
-their scores, and tie order chooses. Images may have any number of tokens; heads that share keys rank by their sum.
+Differs from the released code in that image tokens rank after text without a penalty on their scores: its -65516
+swallows them in half precision, where tie order then chooses, and rounds them to 1/256 in float32. Images may have any
+number of tokens; heads that share keys rank by their sum.
 """
 
 from __future__ import annotations

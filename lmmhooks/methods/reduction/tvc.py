@@ -48,7 +48,7 @@ class TVC(InjectionMethod):
     fraction: float = setting(0.5, help="Share of expected_length, in (0, 1]; paper: 0.5.")
     expected_length: int = setting(512, help="Tokens an answer is expected to have, >= 1; depends on the task.")
     every: int = setting(256, help="Tokens between injections, >= 1.")
-    markers: tuple[str, ...] = setting(
+    markers: str | tuple[str, ...] = setting(
         ("Wait", "Hmm", "Let me check"), help="Ends of the answer so far that trigger; UNVERIFIED wording."
     )
     cooldown: int = setting(64, help="Tokens after an injection in which markers do not trigger, >= 0.")
@@ -59,16 +59,16 @@ class TVC(InjectionMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.markers, list):
-            object.__setattr__(self, "markers", tuple(self.markers))
+        markers = (self.markers,) if isinstance(self.markers, str) else tuple(self.markers)
+        object.__setattr__(self, "markers", markers)
         self._require(self.trigger in ("fraction", "every", "marker"), "trigger", "'fraction', 'every' or 'marker'")
         self._require(0 < self.fraction <= 1, "fraction", "in (0, 1]")
         for name, least in (("expected_length", 1), ("every", 1), ("cooldown", 0), ("pooling", 1)):
             self._require(
                 isinstance(getattr(self, name), int) and getattr(self, name) >= least, name, f"an integer >= {least}"
             )
-        texts = isinstance(self.markers, tuple) and all(isinstance(text, str) and text for text in self.markers)
-        self._require(texts and bool(self.markers), "markers", "texts, at least one")
+        texts = all(isinstance(text, str) and text for text in markers)
+        self._require(texts and bool(markers), "markers", "texts, at least one")
         self._require(self.mode in ("window", "adaptive"), "mode", "'window' or 'adaptive'")
 
     @property
