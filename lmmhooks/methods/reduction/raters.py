@@ -110,20 +110,24 @@ def judged_per_head(read: RowsRead, correct: bool, least: float) -> Tensor:
     rows, number, position = _rows(read)
     weights = read.weights
     if correct:
-        factors = gravity(read).clamp(min=least)
+        # Positions are those of the whole prompt, of which other cuts may have left little.
+        if "longest" not in read.memory:
+            read.memory["longest"] = int(position.max()) + 1
+        factors = gravity(read, read.memory["longest"]).clamp(min=least)
         distance = (position.gather(1, read.rows)[..., None] - position[:, None]).clamp(min=0).long()
         weights = weights / factors[distance][:, None]
     return ((rows / number)[:, None, None] @ weights)[:, :, 0]
 
 
-def gravity(read: RowsRead) -> Tensor:
+def gravity(read: RowsRead, longest: int) -> Tensor:
     """
-    Logit of equal queries and keys at a distance under one-dimensional rotary embedding, 1/sqrt(d) included: ``[N']``.
+    Logit of equal queries and keys at distances below ``longest`` under one-dimensional rotary embedding.
+
+    1/sqrt(d) is included: ``[longest]``.
 
     ``2 / sqrt(d)`` times the sum of the cosines of distance times frequency; falls with distance, and below zero far
     away.
     """
-    longest = read.layout.length + 1
     places = torch.arange(longest, device=read.weights.device)[None]
     cosines, _ = read.family.text_model.rotary_emb.forward(read.weights, places)
     return cosines[0].sum(dim=-1) / cosines.shape[-1] ** 0.5
