@@ -47,7 +47,7 @@ class EViT(TowerMethod):
     blocks: Sequence[int] | None = setting(
         None,
         help="Vision layers that reduce, 0-based, ascending. None: a quarter, a half and three quarters of the depth "
-        "(3, 6, 9 of 12 in the paper; 6, 12, 18 in CLIP-L), as far as they feed the projector.",
+        "(3, 6, 9 of 12 in the paper; 6, 12, 18 in CLIP-L, UNVERIFIED), as far as they feed the projector.",
     )
     fuse_token: bool = setting(
         True, help="Add one token, the sum of the dropped ones weighted by their attention (weights not renormalised)."

@@ -191,7 +191,7 @@ class TowerMethod(ReductionMethod):
     def check(self, family: Any) -> None:
         super().check(family)
         if reason := _unsuited(family):
-            raise MethodError(f"{self.id}: {reason}; reduce behind the tower instead (fastervlm, random ...)")
+            raise MethodError(f"{self.id}: {reason}; reduce behind the tower instead (tome-post, fastervlm ...)")
         if self.needs_cls and not family.has_cls:
             raise MethodError(f"{self.id}: the vision tower of {family.name} has no class token, {self.needs_cls}")
         if (most := patch_count(family)) is not None and isinstance(self.keep, int) and self.keep > most:
