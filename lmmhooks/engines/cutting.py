@@ -116,7 +116,7 @@ def select_tokens(
     values = {
         probe.name: readings.values(probe, state, stage).to(hidden.device)
         for probe in method.probes(readings.runtime.family)
-        if not probe.signal.startswith("decoder") or probe.layer < cut.layer + (probe.signal == "decoder_rows")
+        if not probe.signal.startswith("decoder") or probe.layer < cut.layer + probe.ahead
     }
     chosen = [torch.arange(group.quota) for group in groups]
     answers: list[tuple[list[int], Tensor, Tensor | None]] = []

@@ -68,7 +68,7 @@ class ReductionEngine:
         self.peeked: dict[int, list[Probe]] = {}
         """Attention of a layer that decides what enters that very layer, by layer."""
         for method, probe in probes:
-            if probe.signal == "decoder_rows" and self.cuts.get(probe.layer, (None,))[0] is method:
+            if probe.ahead and self.cuts.get(probe.layer, (None,))[0] is method:
                 self.peeked.setdefault(probe.layer, []).append(probe)
         peeked = {probe.name for found in self.peeked.values() for probe in found}
         self.readings = Readings(runtime, [probe for _, probe in probes], peeked)

@@ -86,14 +86,16 @@ class Probe:
         ``"decoder_rows"``: attention that prompt rows of decoder layer ``layer`` pay, mean over rows and heads, or
         whatever ``reduce`` makes of it.
     layer
-        Vision or decoder layer, 0-based. A decoder layer must lie before the cut that reads it. Attention of the very
-        layer before which the cut happens is computed for the rows alone, on what is about to enter it.
+        Vision or decoder layer, 0-based. A decoder layer must lie before the cut that reads it.
     rows
         For ``"decoder_rows"``: ``"last"`` prompt row, text rows ``"after_image"``, or ``"all"``.
     reduce
         For ``"decoder_rows"``: what is kept, ``[B, C, N]`` or ``[B, N]``, summed over the blocks of rows.
     label
         Tells probes with different ``reduce`` apart.
+    ahead
+        For ``"decoder_rows"``: the layer is the one before which the method cuts; its attention is computed for the
+        rows alone, on what is about to enter it.
     """
 
     signal: Signal
@@ -101,11 +103,14 @@ class Probe:
     rows: Literal["last", "after_image", "all"] = "last"
     reduce: Callable[[RowsRead], Tensor] | None = None
     label: str = ""
+    ahead: bool = False
 
     @property
     def name(self) -> str:
         """Key of its values, such as ``"decoder_rows[1, last]"``."""
-        details = [str(self.layer), *([self.rows, self.label] if self.signal == "decoder_rows" else [])]
+        details = [str(self.layer)]
+        if self.signal == "decoder_rows":
+            details += [self.rows, self.label, "ahead" if self.ahead else ""]
         return f"{self.signal}[{', '.join(part for part in details if part)}]"
 
     @property

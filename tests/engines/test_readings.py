@@ -148,7 +148,7 @@ def test_attention_of_the_layer_to_come_is_what_that_layer_would_pay(name, rows)
     inputs = zoo.inputs(batch=2)
     with torch.no_grad():
         weights = eager.model(**inputs, output_attentions=True).attentions[2].mean(dim=1)
-    for tokens in read(zoo, inputs, Probe("decoder_rows", 2, rows), layers=(2,)):
+    for tokens in read(zoo, inputs, Probe("decoder_rows", 2, rows, ahead=True), layers=(2,)):
         members = tokens.layout.last if rows == "last" else tokens.layout.after_image
         mean = torch.stack([weights[b, members[b]].mean(dim=0) for b in range(2)])
         expected = mean[tokens.sample[:, None], tokens.position]
@@ -161,8 +161,8 @@ def test_attention_of_the_layer_to_come_after_an_earlier_cut(name):
     """The second cut's attention is paid in the shorter sequence, by survivors with the positions they have there."""
     zoo = build(name)
     inputs = zoo.inputs(batch=2)
-    probes = [Probe("decoder_rows", 1), Probe("decoder_rows", 2)]
-    peeked = read(zoo, inputs, *probes, layers=(1, 2))[-1].probes["decoder_rows[2, last]"]
+    probes = [Probe("decoder_rows", 1, ahead=True), Probe("decoder_rows", 2, ahead=True)]
+    peeked = read(zoo, inputs, *probes, layers=(1, 2))[-1].probes["decoder_rows[2, last, ahead]"]
     found: list[torch.Tensor] = []
 
     @dataclass(frozen=True)
@@ -175,9 +175,44 @@ def test_attention_of_the_layer_to_come_after_an_earlier_cut(name):
             return super().select(tokens)
 
     # The same two cuts, but layer 2 is left alone and read after it ran, by the third cut.
-    with torch.no_grad(), lmmhooks.wrap(zoo.model, Looking(wanted=(probes[0], probes[1]), layers=(1, 3))):
+    with (
+        torch.no_grad(),
+        lmmhooks.wrap(zoo.model, Looking(wanted=(probes[0], Probe("decoder_rows", 2)), layers=(1, 3))),
+    ):
         zoo.model(**inputs)
     torch.testing.assert_close(peeked, found[-1], atol=TOLERANCE, rtol=0)
+
+
+def test_a_layer_behind_a_cut_of_the_method_is_read_as_it_ran():
+    """Cuts at neighbouring layers: what the second reads is attention in the sequence the first left."""
+    zoo = build("llava")
+    probe = Probe("decoder_rows", 2)
+    found = read(zoo, zoo.inputs(batch=1), probe, layers=(2, 3))
+    assert probe.name not in found[0].probes, "layer 2 has not run when the cut before it happens"
+    assert found[1].probes[probe.name].shape == (1, 8)
+    assert found[1].readings[probe.name].shape == found[1].hidden.shape[:2]
+
+
+@pytest.mark.parametrize("name", ["llava", "llava_next"])
+def test_a_cut_may_count_what_is_there_and_group_in_its_own_way(name):
+    zoo = build(name)
+    inputs = zoo.inputs(batch=1, images=2)
+
+    @dataclass(frozen=True)
+    class Twice(Reading):
+        id: ClassVar[str] = "test-twice"
+
+        def cuts(self, family: Any) -> list[Cut]:
+            return [Cut(1, 0.5), Cut(2, 0.5, of_current=True, scope="sample")]
+
+    method = Twice(newline="rank")
+    with torch.no_grad(), lmmhooks.wrap(zoo.model, method) as patch:
+        zoo.model(**inputs)
+        counts = [layer.visual_kept[0] for layer in patch.stats.layers]
+    groups = [tokens.position.shape for tokens in method.seen]
+    sizes = [n for (g, n) in groups[:-1] for _ in range(g)]
+    assert counts == [sum(sizes), sum(n // 2 for n in sizes), sum(n // 2 for n in sizes) // 2, counts[2]]
+    assert groups[-1] == (1, counts[1])
 
 
 def test_a_reduction_of_rows_sees_every_block_once_and_other_readings(monkeypatch):

@@ -62,10 +62,11 @@ class PyramidDrop(StagedMethod):
         return [Cut(layer, ratio) for layer, ratio in stages if layer < family.num_layers]
 
     def probes(self, family: Any) -> list[Probe]:
-        return [Probe("decoder_rows", cut.layer, "last") for cut in self.cuts(family)]
+        return [Probe("decoder_rows", cut.layer, "last", ahead=True) for cut in self.cuts(family)]
 
     def count(self, share: float, num_tokens: int) -> int:
         return int(num_tokens * share)
 
     def select(self, tokens: TokenGroup) -> Tensor:
-        return top_ascending(tokens.probes[Probe("decoder_rows", tokens.layer, "last").name], tokens.num_keep)
+        seen = tokens.probes[Probe("decoder_rows", tokens.layer, "last", ahead=True).name]
+        return top_ascending(seen, tokens.num_keep)

@@ -110,7 +110,7 @@ class VScan(CropwiseMethod):
             saliency_probe(self, family, self.early, preferred=early, name="early"),
             saliency_probe(self, family, self.late, name="late"),
         ]
-        return found + [Probe("decoder_rows", cut.layer, "last") for cut in self.cuts(family)[1:]]
+        return found + [Probe("decoder_rows", cut.layer, "last", ahead=True) for cut in self.cuts(family)[1:]]
 
     def select(self, tokens: TokenGroup) -> Tensor:
         early, late, *last = (probe.name for probe in self.probes(tokens.family))
