@@ -32,6 +32,16 @@ def test_equals_the_naive_rendering_at_prefill_and_decode(family, block, monkeyp
     equals_rendering(family, FitPrune(recipe=RECIPE, reduction=0.5), cuts)
 
 
+@pytest.mark.parametrize("family", SEVERAL)
+def test_neighbouring_layers_may_delete(family):
+    def cuts(zoo, inputs, row, images):
+        visual = [n for image in images for n in image]
+        sums = [int(share * len(visual)) for share in (0.25, 0.5, 0.75)]
+        return fitprune(visual, {0: sums[0], 1: sums[1] - sums[0], 2: sums[2] - sums[1]})
+
+    equals_rendering(family, FitPrune(recipe={0.5: [0.25, 0.25, 0.25, 0.0]}, reduction=0.5), cuts)
+
+
 def test_published_recipes_add_up():
     """Average numbers of tokens that enter and leave a layer, as printed (but for 40 %: 362.47 is printed as 363)."""
     printed = {

@@ -152,7 +152,7 @@ def fitprune(visual: list[int], deletions: Mapping[int, int]) -> dict[int, Choos
 
 def rater_numbers(tokens: Sequence[Token], visual: Sequence[int], prompt: int) -> list[int]:
     """Text behind the first visual token that is more relevant to the image than text is on average."""
-    states = {token.number: token.state for token in tokens}
+    states = {token.number: token.state.detach() for token in tokens}
     text = [n for n in range(min(visual), prompt) if n not in visual]
     total = dict.fromkeys(text, 0.0)
     for v in visual:
@@ -207,8 +207,8 @@ def sparsevlm(
     def after(layer: int) -> Choose:
         def choose(alive: list[Token], attention: Tensor | None, prompt: int) -> list[Token]:
             assert attention is not None
+            place = {token.number: i for i, token in enumerate(alive)}
             for image in images:
-                place = {token.number: i for i, token in enumerate(alive)}
                 left = [token.number for token in alive if token.number in image]
                 if not left:
                     continue
