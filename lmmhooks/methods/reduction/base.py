@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -106,6 +106,8 @@ class TokenGroup:
     seeds
         For methods with `ReductionMethod.draws`: an integer per group, a hash of the prompt's token ids and of the
         group's ordinal; the same on every device and in every batch that the prompt appears in. Empty otherwise.
+    scratch
+        What :meth:`ReductionMethod.select` leaves for :meth:`ReductionMethod.merge`.
     """
 
     hidden: Tensor
@@ -125,6 +127,7 @@ class TokenGroup:
     tokenizer: Any = None
     tiling: Tiling | None = None
     seeds: tuple[int, ...] = ()
+    scratch: dict[Any, Any] = field(default_factory=dict)
 
     @cached_property
     def states(self) -> Tensor:

@@ -62,6 +62,7 @@ class VMTC(CropwiseMethod):
 
     def select(self, tokens: TokenGroup) -> Tensor:
         primary, rest, weights = self._divide(tokens)
+        tokens.scratch["clusters"] = rest, weights
         heaviest = rest.gather(1, weights.argmax(dim=2))
         num_tokens = tokens.position.shape[1]
         # Empty clusters stand for nothing: past the end, so that they sort last, then fillers.
@@ -70,7 +71,7 @@ class VMTC(CropwiseMethod):
         return index.masked_fill(index == num_tokens, -1)
 
     def merge(self, tokens: TokenGroup, index: Tensor) -> Tensor | None:
-        _, rest, weights = self._divide(tokens)
+        rest, weights = tokens.scratch["clusters"]
         if not weights.shape[1]:
             return None
         values = features(tokens)
