@@ -30,6 +30,10 @@ def by_volume(x, num_keep):
     return spanning(x @ x.transpose(1, 2), num_keep)
 
 
+def by_product(x, num_keep):
+    return cover(x @ x.transpose(1, 2), num_keep)
+
+
 CHOICES = [by_distance, by_determinant, by_coverage]
 
 
@@ -62,9 +66,8 @@ def test_length_of_a_vector_does_not_matter(choose):
 def test_the_order_of_tokens_does_not_matter(choose):
     x = features()
     shuffle = torch.randperm(20, generator=torch.Generator().manual_seed(2))
-    if choose is by_determinant:
-        # Of vectors of one length, all are as good as the first.
-        choose = by_volume
+    # Of vectors of one length, all are as good as the first, and of two that resemble only each other, both.
+    choose = {by_determinant: by_volume, by_coverage: by_product}.get(choose, choose)
     assert torch.equal(shuffle[choose(x[:, shuffle], 6)], choose(x, 6))
 
 
@@ -123,6 +126,15 @@ def test_distances_and_determinants_choose_as_loops_do(seed):
         weight = torch.rand(20, generator=torch.Generator().manual_seed(seed))
         kernel = weight[:, None] * cosine(x)[group] * weight
         assert spanning(kernel[None], 12)[0].tolist() == diversity.cdpruner(x[group], weight.tolist(), 12)
+
+
+def test_large_matrices_are_mirrored(monkeypatch):
+    x = features(groups=2, size=25)
+    whole = cosine(x)
+    monkeypatch.setattr(greedy, "BLOCK", 4)
+    # Another order of summation over 8 dimensions.
+    torch.testing.assert_close(cosine(x), whole, atol=1e-6, rtol=0)
+    assert torch.equal(cosine(x), cosine(x).transpose(1, 2))
 
 
 def test_inputs_may_carry_gradients_and_half_precision():

@@ -14,6 +14,8 @@ __all__ = ["cosine", "cover", "max_min", "spanning"]
 
 #: Share of a token's own kernel value below which what the chosen ones leave of it is float32 round-off.
 SPENT = 1e-7
+#: Rows that are multiplied at once where a matrix of similarities is large.
+BLOCK = 1024
 
 
 @torch.no_grad()
@@ -36,10 +38,24 @@ def cosine(features: Tensor, others: Tensor | None = None) -> Tensor:
     one = torch.nn.functional.normalize(features.float(), dim=-1)
     if others is not None:
         return one @ torch.nn.functional.normalize(others.float(), dim=-1).transpose(1, 2)
-    similarity = one @ one.transpose(1, 2)
+    similarity = _gram(one)
     # A token is as similar to itself as any other is: where that decides, round-off must not.
     similarity.diagonal(dim1=1, dim2=2).round_()
     return similarity
+
+
+def _gram(vectors: Tensor) -> Tensor:
+    """``[G, V, V]`` products of ``[G, V, D]``; of many, one half is computed and mirrored."""
+    groups, size = vectors.shape[:2]
+    if size <= 2 * BLOCK:
+        return vectors @ vectors.transpose(1, 2)
+    products = vectors.new_empty(groups, size, size)
+    for start in range(0, size, BLOCK):
+        stop = min(start + BLOCK, size)
+        part = torch.matmul(vectors[:, start:stop], vectors[:, start:].transpose(1, 2))
+        products[:, start:stop, start:] = part
+        products[:, stop:, start:stop] = part[:, :, stop - start :].transpose(1, 2)
+    return products
 
 
 @torch.no_grad()
@@ -177,9 +193,10 @@ def _cover_changes(rows: Tensor, num_keep: int, factor: Tensor, offset: Tensor) 
         chosen[best] = -torch.inf
         column = rows[:, best]
         better = (column > covered).nonzero()[:, 0]
-        table, before, after = rows[better], covered[better, None], column[better, None]
-        gain -= ((table - before).relu_() - (table - after).relu_()).sum(dim=0, dtype=torch.double)
-        covered[better] = column[better]
+        before, after = covered[better], column[better]
+        lost = rows[better].clamp_(before[:, None], after[:, None])
+        gain -= lost.sum(dim=0, dtype=torch.double) - before.sum(dtype=torch.double)
+        covered[better] = after
     return order
 
 
