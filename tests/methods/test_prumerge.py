@@ -169,6 +169,14 @@ def test_what_is_added_is_non_negative_and_the_sum_is_of_what_leaves():
     torch.testing.assert_close(made[4], scores[0] * left)
 
 
+def test_neighbours_that_are_equally_near_are_taken_in_order():
+    keys = torch.zeros(1, 8, 2)
+    # Token 5 is alike; 0, 1, 3 and 6 are level with each other; 4 and 7 are opposite.
+    keys[0] = torch.tensor([[1.0, 1], [1, 1], [1, 0], [1, 1], [-1, 0], [1, 0], [1, 1], [-1, 0]])
+    made = absorbed_features(torch.eye(8)[None], keys, torch.full((1, 8), 0.5), torch.tensor([[2, 0]]), 3)[0, 0]
+    assert made.tolist() == [0.5, 0.5, 1.0, 0.0, 0.0, 0.5, 0.0, 0.0]
+
+
 def test_a_number_or_a_budget_is_met_exactly():
     zoo = build("llava_next")
     inputs = zoo.inputs(batch=2)

@@ -86,7 +86,7 @@ class HiRED(ReductionMethod):
             order = [tokens.tiling.overview, *tokens.tiling.tiles]
         else:
             order = tokens.crop.unique().tolist()
-        parts = [(tokens.crop == crop).nonzero().flatten() for crop in order]
+        parts = [(tokens.crop == crop).nonzero().flatten().to(late.device, non_blocking=True) for crop in order]
         budgets = self._budgets(tokens, early, parts)
         kept = torch.zeros_like(late, dtype=torch.bool)
         for part, budget in zip(parts, budgets.unbind(dim=1), strict=True):
@@ -106,13 +106,14 @@ class HiRED(ReductionMethod):
         if self.region == "strip":
             regions = strip_regions(sizes[0], tokens.tiling.num_tiles)
         else:
-            regions = self._blocks(tokens, tokens.tiling, overview)
+            regions = self._blocks(tokens, tokens.tiling)
         num_content = int(sizes[0] * (1 - self.alpha))
         shares = tile_budgets(early[:, overview], regions, sizes[1:], num_content, rest, exact=self.exact_budget)
         return torch.cat([shares.new_full((len(early), 1), full), shares], dim=1)
 
-    def _blocks(self, tokens: TokenGroup, tiling: Tiling, overview: Tensor) -> Tensor:
-        row, col = tokens.row[overview], tokens.col[overview]
+    def _blocks(self, tokens: TokenGroup, tiling: Tiling) -> Tensor:
+        of_overview = tokens.crop == tiling.overview
+        row, col = tokens.row[of_overview], tokens.col[of_overview]
         if tiling.grid is None:
             raise MethodError(
                 f"{self.id}: region='block' needs the rows and columns of an image's tiles, which "

@@ -200,10 +200,13 @@ def absorbed_features(features: Tensor, keys: Tensor, weights: Tensor, index: Te
     unit = F.normalize(keys, dim=-1)
     likeness = unit.gather(1, own[..., None].expand(-1, -1, unit.shape[-1])) @ unit.transpose(1, 2)
     likeness = likeness.scatter(2, own[..., None], -torch.inf)
-    nearest = likeness.argsort(dim=-1, descending=True, stable=True)[..., : min(num_neighbours, size - 1)]
-    folded = weights[:, None].expand_as(likeness).gather(2, nearest)
-    share = torch.zeros_like(likeness).scatter(2, nearest, folded)
-    merged = features.gather(1, own[..., None].expand(-1, -1, features.shape[-1])) + share @ features
+    num_folded = min(num_neighbours, size - 1)
+    # The set is all that counts: what lies above the least of the top, and the first of those level with it.
+    least = likeness.topk(num_folded, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
+    above, level = likeness > least, likeness == least
+    folded = above | (level & (level.cumsum(dim=-1) <= num_folded - above.sum(dim=-1, keepdim=True)))
+    merged = features.gather(1, own[..., None].expand(-1, -1, features.shape[-1]))
+    merged = merged + (weights[:, None] * folded) @ features
     # Fillers write into a column of their own that is cut off.
     leaves = torch.ones(len(index), size + 1, device=features.device)
     leaves = leaves.scatter(1, torch.where(kept < 0, size, kept), 0.0)[:, :size]

@@ -98,12 +98,16 @@ def distinct_indices(features: Tensor, candidates: Tensor, num_keep: int, step: 
     if num_keep == 0:
         return candidates[:, :0]
     unit = F.normalize(features, dim=-1)
-    likeness = unit @ unit.transpose(1, 2)
-    group = torch.arange(len(features), device=features.device)[:, None, None]
+    num_groups, size = features.shape[:2]
+    likeness = (unit @ unit.transpose(1, 2)).flatten(0, 1)
+    first = torch.arange(num_groups, device=features.device)[:, None] * size
+    other = torch.ones(num_groups, size, dtype=torch.bool, device=features.device)
     while (num_left := candidates.shape[1]) > num_keep:
         num_leaving = min(step, num_left // 2, num_left - num_keep)
         even, odd = candidates[:, ::2], candidates[:, 1::2]
-        closest = likeness[group, even[:, :, None], odd[:, None]].amax(dim=-1)
+        # Whole rows with the other columns masked are read faster than the columns of odd places picked out of them.
+        rows = likeness.index_select(0, (even + first).flatten()).view(num_groups, -1, size)
+        closest = rows.masked_fill_(other.scatter(1, odd, False)[:, None], -torch.inf).amax(dim=-1)
         order = closest.argsort(dim=-1, descending=True, stable=True)[:, num_leaving:]
         candidates = torch.cat([even.gather(1, order), odd], dim=1)
     return candidates
