@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 import lmmhooks
+from lmmhooks.methods.reduction.caching import CacheEntries
 from lmmhooks.methods.reduction.vl_cache import VLCache, layer_shares
 from tests.engines.pressers import STEPS, TOLERANCE, generate, visual_of
 from tests.reference.caching import prompt_attention, step_logits, vl_cache, vl_cache_sizes
@@ -58,6 +61,21 @@ def test_shares_average_to_the_budget_and_keep_their_bounds():
     assert layer_shares(density, 0.1, 0.06).flatten().tolist() == pytest.approx([0.08, 0.16, 0.06, 0.12])
     assert layer_shares(density, 0.9, 0.01).flatten().tolist() == pytest.approx([0.72, 1.0, 0.36, 1.0])
     assert layer_shares(torch.zeros(2, 1, dtype=torch.double), 0.5, 0.01).flatten().tolist() == [0.01, 0.01]
+
+
+def test_density_is_of_what_the_rows_of_a_layer_see():
+    """A reducer left the second layer fewer entries; the last row of ten sees ten, the one before it nine."""
+
+    def entries(layer: int, num: int) -> CacheEntries:
+        empty, valid = torch.zeros(1, 1, num, 4), torch.ones(1, num, dtype=torch.bool)
+        read = torch.arange(num)[None] >= num - 2
+        tallies = {"received": torch.zeros(1, 1, num), "reaching": torch.tensor([19])}
+        return CacheEntries(layer, empty, empty, valid, valid, read, tallies, (valid[0],))
+
+    densities = (19 / 199, 19 / 19)
+    shares = [0.5 * 2 * density / sum(densities) for density in densities]
+    expected = [[math.ceil(shares[0] * 100)], [math.ceil(shares[1] * 10)]]
+    assert VLCache(alpha=0.5).num_keep([entries(0, 100), entries(1, 10)]) == expected == [[9], [10]]
 
 
 def test_layers_differ_and_together_hold_about_the_budget():
