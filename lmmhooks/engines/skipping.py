@@ -223,21 +223,22 @@ def _attend_text_rows(stage: Stage, plan: RowPlan, call: AttentionCall) -> Atten
     length = stage.layout.length
     # A cache of fixed length holds room for tokens that are still to come.
     keys, values = call.key[:, :, :length], call.value[:, :, :length]
-    valid = stage.layout.valid if stage.mask is not None else None
+    rows_at = plan.index.to(call.query.device)
+    valid = stage.layout.valid.to(call.query.device) if stage.mask is not None else None
 
     def seen_by(index: Tensor) -> Tensor | None:
         return visible(call.dense_mask, index, call.query.shape[2], length, valid, causal=True)
 
     if call.backend in ("sdpa", "eager") and (call.mask is None or call.dense_mask is not None):
-        allowed = seen_by(plan.index)
+        allowed = seen_by(rows_at)
         if allowed is not None and call.backend == "eager" and allowed.dtype == torch.bool:
             lowest = torch.finfo(call.query.dtype).min
             allowed = torch.zeros_like(allowed, dtype=call.query.dtype).masked_fill_(~allowed, lowest)
-        rows, _ = call.base(take_rows(call.query, plan.index), keys, values, allowed)
+        rows, _ = call.base(take_rows(call.query, rows_at), keys, values, allowed)
         return _scatter_rows(rows, plan, length), None
     softcap = call.kwargs.get("softcap")
     blocks = []
-    for index in plan.index.split(ROW_BLOCK, dim=1):
+    for index in rows_at.split(ROW_BLOCK, dim=1):
         scores = row_scores(take_rows(call.query, index), keys, call.scaling, softcap)
         blocks.append(apply_weights(torch.softmax(hide(scores, seen_by(index)), dim=-1), values))
     return _scatter_rows(torch.cat(blocks, dim=2).transpose(1, 2), plan, length), None

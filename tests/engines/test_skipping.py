@@ -153,6 +153,22 @@ def test_backends_without_a_dense_mask_get_explicit_weights(block, monkeypatch):
     torch.testing.assert_close(*logits, atol=TOLERANCE, rtol=0)
 
 
+@pytest.mark.parametrize("method", ["shortv(layers=(1, 2))", "naavit", "yopo(window=3, heads={1: [0]}, layer_cut=3)"])
+def test_half_precision(method):
+    full, half = build("qwen3_vl"), build("qwen3_vl", dtype=torch.bfloat16)
+    logits = []
+    with torch.no_grad():
+        plain = [zoo.model(**zoo.inputs(batch=2)).logits for zoo in (full, half)]
+        for zoo in (full, half):
+            with lmmhooks.wrap(zoo.model, method):
+                logits.append(zoo.model(**zoo.inputs(batch=2)).logits)
+    assert logits[1].dtype == torch.bfloat16
+    valid = full.inputs(batch=2)["attention_mask"].bool()
+    # About as far from float32 as the plain model is.
+    usual = (plain[1][valid] - plain[0][valid]).abs().mean()
+    assert (logits[1][valid] - logits[0][valid]).abs().mean() < 1.5 * usual
+
+
 def test_a_static_cache_is_longer_than_the_prompt():
     zoo = build("llava")
     inputs = zoo.inputs(batch=2)
@@ -200,7 +216,15 @@ def test_edits_of_text_rows_act_in_the_same_layers(method):
 
 
 @pytest.mark.parametrize("other", ["var(sink_dims='any', tau=2.6, rho=0.3)", "vcd(beta=0.0)", "fastv(keep=4)"])
-@pytest.mark.parametrize("method", ["shortv(layers=(1, 2))", "naavit(layers=(1, 2))", "yopo(layer_cut=3)"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "shortv(layers=(1, 2))",
+        "naavit(layers=(1, 2))",
+        "yopo(heads={1: [0]}, layer_cut=3)",
+        "pbs(threshold=0.3, block=2, segment=4)",
+    ],
+)
 def test_rows_of_a_batch_stay_apart_beside_other_methods(method, other):
     zoo = build("llava")
     inputs = zoo.inputs(batch=2)

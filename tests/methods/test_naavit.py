@@ -90,6 +90,13 @@ def tokens_of(*runs: str) -> PromptTokens:
     return PromptTokens(torch.tensor(image), crop, row, col, True)
 
 
+def all_seen(tokens: PromptTokens, pairs) -> torch.Tensor:
+    """``[n, n]`` bool: what every row sees."""
+    seen = torch.ones(len(tokens), len(tokens), dtype=torch.bool).tril()
+    seen[tokens.visual] = seen_keys(tokens, tokens.visual.nonzero().flatten(), pairs)
+    return seen
+
+
 @pytest.mark.parametrize("size", [1, 3, 128])
 @pytest.mark.parametrize("vv", ["none", "self", "neighbor"])
 def test_blocks_equal_one_masked_matrix(vv, size):
@@ -99,7 +106,7 @@ def test_blocks_equal_one_masked_matrix(vv, size):
     pairs = partial(visual_pairs, vv=vv, cross_image=False, window=3, causal=False)
     blocks = row_blocks(tokens, pairs, size)
     assert torch.cat([block.rows for block in blocks.blocks]).sort().values.tolist() == list(range(len(tokens)))
-    seen = seen_keys(tokens, torch.arange(len(tokens)), pairs)
+    seen = all_seen(tokens, pairs)
     scores = (q @ k.repeat_interleave(3, dim=0).transpose(1, 2) * 0.3).masked_fill(~seen, float("-inf"))
     expected = torch.softmax(scores, dim=-1) @ v.repeat_interleave(3, dim=0)
     torch.testing.assert_close(attend_blocks(q, k, v, 0.3, blocks.blocks), expected, atol=1e-6, rtol=0)
@@ -112,9 +119,8 @@ def test_no_row_is_without_keys():
     tokens = tokens_of("v2x2", "t1", "v1x3")
     for vv in ("none", "self", "neighbor"):
         pairs = partial(visual_pairs, vv=vv, cross_image=False, window=1, causal=True)
-        seen = seen_keys(tokens, torch.arange(len(tokens)), pairs)
-        assert seen.any(dim=1).all()
-    none = seen_keys(tokens, torch.arange(len(tokens)), sparse.no_pairs)
+        assert all_seen(tokens, pairs).any(dim=1).all()
+    none = all_seen(tokens, sparse.no_pairs)
     assert none[0].nonzero().tolist() == [[0]], "nothing comes before it: it sees itself"
     assert none[5].nonzero().tolist() == [[4]], "text before it, and nothing else"
     assert none[4].tolist() == [True] * 5 + [False] * 3, "text sees all images"

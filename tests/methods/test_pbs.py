@@ -71,6 +71,16 @@ def test_everything_kept_is_dense_causal_attention():
     assert float(pairs_kept(keep, 45, **SMALL)) == pytest.approx(1)
 
 
+def test_half_precision_attends_to_the_same_blocks():
+    q, k, v = states(45)
+    order = key_order(q, k, 0.3, **SMALL)
+    keep = kept_blocks(q, k, order, 0.3, **SMALL, threshold=0.5)
+    half = attend_kept(*(x.bfloat16() for x in (q, k, v)), order, keep, 0.3, 4)
+    assert half.dtype == torch.bfloat16
+    # Inputs of magnitude 2 with 8 bits.
+    torch.testing.assert_close(half.float(), attend_kept(q, k, v, order, keep, 0.3, 4), atol=0.15, rtol=0)
+
+
 def test_the_order_is_a_permutation_inside_segments():
     q, k, _ = states(45)
     order = key_order(q, k, 0.3, **SMALL)

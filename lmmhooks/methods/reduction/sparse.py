@@ -20,6 +20,7 @@ __all__ = [
     "RowBlock",
     "RowBlocks",
     "attend_blocks",
+    "earlier",
     "earlier_images",
     "neighbours",
     "no_pairs",
@@ -73,9 +74,14 @@ def neighbours(tokens: PromptTokens, rows: Tensor, window: int, causal: bool) ->
     return near & (torch.arange(len(tokens), device=rows.device) <= rows[:, None]) if causal else near
 
 
-def seen_keys(tokens: PromptTokens, rows: Tensor, pairs: Pairs | None) -> Tensor:
+def earlier(tokens: PromptTokens, rows: Tensor) -> Tensor:
+    """Keys that causality lets rows see, ``[R, n]`` bool."""
+    return torch.arange(len(tokens), device=rows.device) <= rows[:, None]
+
+
+def seen_keys(tokens: PromptTokens, rows: Tensor, pairs: Pairs) -> Tensor:
     """
-    Keys that rows see.
+    Keys that visual rows see.
 
     Parameters
     ----------
@@ -84,18 +90,14 @@ def seen_keys(tokens: PromptTokens, rows: Tensor, pairs: Pairs | None) -> Tensor
     rows
         ``[R]`` long.
     pairs
-        Decides between visual rows and visual keys; None: causality alone.
+        Decides which visual keys; text is seen as causality lets it be.
 
     Returns
     -------
     Tensor
-        ``[R, n]`` bool. All else is causal; a row that would see nothing sees itself.
+        ``[R, n]`` bool. A row that would see nothing sees itself.
     """
-    seen = torch.arange(len(tokens), device=rows.device) <= rows[:, None]
-    if pairs is None:
-        return seen
-    both = tokens.visual[rows][:, None] & tokens.visual
-    seen = torch.where(both, pairs(tokens, rows), seen)
+    seen = torch.where(tokens.visual, pairs(tokens, rows), earlier(tokens, rows))
     return seen | (own(tokens, rows) & ~seen.any(dim=1, keepdim=True))
 
 
@@ -152,7 +154,7 @@ def row_blocks(tokens: PromptTokens, pairs: Pairs | None, size: int = ROW_BLOCK)
     tokens
         On the device of the attention call.
     pairs
-        As for `seen_keys`.
+        As for `seen_keys`; None: causality alone.
     size
         Rows of a block.
     """
@@ -160,12 +162,14 @@ def row_blocks(tokens: PromptTokens, pairs: Pairs | None, size: int = ROW_BLOCK)
     is_causal, total, among = True, 0, 0
     for visual in (False, True):
         for rows in (tokens.visual == visual).nonzero().flatten().split(size):
-            seen = seen_keys(tokens, rows, pairs)
+            seen = causal = earlier(tokens, rows)
+            if visual and pairs is not None:
+                seen = seen_keys(tokens, rows, pairs)
+                is_causal = is_causal and torch.equal(seen, causal)
             keys = seen.any(dim=0).nonzero().flatten()
             part = seen[:, keys]
             blocks.append(RowBlock(rows, keys, None if bool(part.all()) else part, visual))
             if visual:
-                is_causal = is_causal and torch.equal(seen, seen_keys(tokens, rows, None))
                 total += int(part.sum())
                 among += int((part & tokens.visual[keys]).sum())
     return RowBlocks(tuple(blocks), is_causal, total - among, among)
