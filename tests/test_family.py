@@ -118,7 +118,9 @@ class Change:
         """Crop, row and column of the tokens of an image that changed, and by how much."""
         tokens, change = self.family.image_tokens(self.vision, image, len(self.tokens[image])), self.tokens[image]
         # The same from the tower's own positions, an independent way to the same tokens.
-        scores = self.family.tower_to_tokens([self.patches], self.vision)[image]
+        # Towers that see packed patches have no crops: theirs is one.
+        patches = self.patches if self.patches.ndim == 2 else self.patches[None]
+        scores = self.family.tower_to_tokens([patches[..., None]], self.vision)[image][:, 0]
         assert torch.equal(scores.isnan(), tokens.crop < 0)
         assert torch.equal(scores.nan_to_num() > 0, change > 0)
         assert change[tokens.crop < 0].sum() == 0
@@ -317,9 +319,9 @@ def test_cls_as_a_visual_token(zoo: Any) -> None:
     vision = VisionInputs("image", {"vision_feature_select_strategy": "full"}, output)
     tokens = family.image_tokens(vision, 0, 17)
     assert tokens.crop.tolist() == [-1] + [0] * 16
-    (scores,) = family.tower_to_tokens([torch.arange(16.0)[None]], vision)
-    assert scores[0].isnan()
-    assert scores[1:].tolist() == list(range(16))
+    (features,) = family.tower_to_tokens([torch.arange(32.0).view(1, 16, 2)], vision)
+    assert features[0].isnan().all()
+    assert features[1:].flatten().tolist() == list(range(32))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -381,7 +383,7 @@ def test_generic_resolution_of_a_family_without_a_file() -> None:
     assert layout.spans[1].tokens.grids == ((2, 2),)
     assert layout.spans[1].tokens.row.tolist() == [0, 0, 1, 1]
     with pytest.raises(ModelError, match="how model type 'gemma3' turns 16 patches into 4 visual tokens is not known"):
-        family.tower_to_tokens([torch.zeros(2, 16)], vision)
+        family.tower_to_tokens([torch.zeros(2, 16, 1)], vision)
 
 
 def test_token_counts_that_only_look_square_have_no_place() -> None:
