@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -55,8 +56,8 @@ class DyVTE(ReductionMethod):
     rule: Literal["fixed", "mass", "drift", "gate"] = setting(
         "fixed",
         help="'fixed': before `layer` (VTW); 'gate': behind the first layer whose trained gate says so (DyVTE); "
-        "'mass', 'drift': behind the second layer in a row where the last prompt token looks little at the image, or where "
-        "the image moves its head outputs little (extensions).",
+        "'mass', 'drift' (extensions): behind the second layer in a row where the last prompt token looks little at the "
+        "image, or where the image moves its head outputs little.",
     )
     layer: int | str | None = setting(
         "half",
@@ -180,7 +181,7 @@ def _read_gates(file: Path) -> TensorSet:
             found = load_file(file)
         else:
             found = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, SafetensorError, RuntimeError, ValueError, EOFError) as error:
+    except (OSError, SafetensorError, UnpicklingError, RuntimeError, ValueError, EOFError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise MethodError(f"dyvte: gate_path {file} cannot be read ({reason}); give a weight file") from None
     gates = {}
