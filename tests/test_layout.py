@@ -295,6 +295,13 @@ def test_extend_appends_generated_columns_and_crop_takes_them_back(layout: Layou
     check_consistent(layout.crop(min(num_new, layout.length)))
 
 
+def test_rows_may_grow_by_different_numbers():
+    layout = Layout(torch.tensor([[1, 2, 3], [0, 1, 2]], dtype=torch.int8), ())
+    longer = layout.extend(2, torch.tensor([[True, True], [False, True]]))
+    assert longer.segment.tolist() == [[1, 2, 3, 4, 4], [0, 1, 2, 0, 4]]
+    assert longer.last.int().tolist() == [[0, 0, 0, 0, 1]] * 2
+
+
 @given(st.lists(layouts(), min_size=1, max_size=3))
 @settings(max_examples=50, deadline=None)
 def test_stack_pads_shorter_layouts_on_the_left(parts: list[Layout]) -> None:
