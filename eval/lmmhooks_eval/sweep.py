@@ -8,7 +8,7 @@ the figure being per cent of the visual tokens, averaged over decoder layers.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -23,6 +23,11 @@ class SweptMethod(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     method: str | dict[str, Any] = Field(description="Method with its settings, without a budget.")
+    setting: Literal["budget", "keep"] = Field(
+        default="budget",
+        description="What to set. keep is for methods without budget that cut once, before the decoder: there the "
+        "share kept is the mean over layers.",
+    )
     budgets: list[Budget] | None = Field(
         default=None, description="Those it can meet; unset: all of the sweep. Late cuts cannot meet small ones."
     )
@@ -46,7 +51,7 @@ class SweepPlan(BaseModel):
     def variants(self) -> dict[str, list[str | dict[str, Any]]]:
         """The variants this sweep stands for, by name."""
         return {
-            variant_name(name, budget): [_with_budget(swept.method, budget)]
+            variant_name(name, budget): [_with_share(swept.method, swept.setting, budget)]
             for name, swept in self.methods.items()
             for budget in swept.budgets or self.budgets
         }
@@ -70,9 +75,9 @@ def _is_full(value: Any) -> bool:
     return isinstance(value, Mapping) and "method" in value
 
 
-def _with_budget(method: str | dict[str, Any], budget: float) -> str | dict[str, Any]:
+def _with_share(method: str | dict[str, Any], setting: str, share: float) -> str | dict[str, Any]:
     if isinstance(method, dict):
-        return {name: {**(settings or {}), "budget": budget} for name, settings in method.items()}
+        return {name: {**(settings or {}), setting: share} for name, settings in method.items()}
     if method.endswith(")"):
-        return f"{method[:-1]}, budget={budget})"
-    return f"{method}(budget={budget})"
+        return f"{method[:-1]}, {setting}={share})"
+    return f"{method}({setting}={share})"

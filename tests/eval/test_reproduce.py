@@ -1,7 +1,8 @@
-"""Recipes that reproduce papers: each has an offline twin, and every attention method runs on a trained model."""
+"""Recipes that reproduce papers: each has an offline twin, and every method runs on a trained model."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +12,33 @@ import lmmhooks
 from lmmhooks_eval import recipes
 from lmmhooks_eval import runner as runner_module
 from lmmhooks_eval.loading import load_model
-from lmmhooks_eval.recipe import Recipe
+from lmmhooks_eval.recipe import BASELINE, Recipe
 from lmmhooks_eval.runner import run
 from lmmhooks_eval.score import score_run
+from lmmhooks_eval.sweep import split_name
+from tests.conformance.table import ROWS
 
 TWINS = {"chair": "scenes-caption", "pope": "scenes-pope"}
+#: The bundled model that stands in for a checkpoint, and visual tokens per image of the checkpoint.
+MODELS = {"llava-1.5-7b": ("tiny-llava", 576), "qwen2.5-vl-3b": ("tiny-qwen", None)}
+SMALL_TOKENS = 64
 REPRODUCE = [name for name in recipes.shipped() if name.startswith("reproduce/") and "/offline/" not in name]
 OFFLINE = [name for name in recipes.shipped() if "/offline/" in name]
 SCENES = ("attention-scenes-llava", "attention-scenes-qwen")
+SWEEPS = {"reduction-sweep": "llava", "reduction-sweep-qwen": "qwen2_5_vl"}
+#: What a twin may set otherwise: sink channels and text towers belong to a checkpoint, layers and windows scale with
+#: depth and grid, four pivots of each kind would be most of seven tokens, and ranks do not grow with the image.
+DIFFERS = {
+    *("sink_dims", "clip", "layer", "layers", "window", "pivots", "text_pivots", "scale", "bias"),
+    *("keep", "budget", "second", "num_top"),
+}
+COUNTS = ("keep", "budget", "second", "num_top")
+#: Reducers whose twins are run in full by the tests: one of every engine.
+RUN = ("visionzip", "tome", "sparsevlm", "yopo", "look-m", "tvc")
 
 
-def attention_methods() -> set[str]:
-    return {name for name, cls in lmmhooks.methods().items() if cls.kind == "attention" and "identity" not in name}
+def methods_of_kind(kind: str) -> set[str]:
+    return {name for name, cls in lmmhooks.methods().items() if cls.kind == kind and "identity" not in name}
 
 
 def of_papers() -> list[str]:
@@ -30,22 +46,43 @@ def of_papers() -> list[str]:
     return [name for name in REPRODUCE if recipes.load(name).variants]
 
 
+def parts(name: str) -> tuple[str, str, str]:
+    """Method, checkpoint and task that the name of a recipe says."""
+    found = re.fullmatch(r"reproduce/(.+)-(llava-1\.5-7b|llava-next-7b|qwen2\.5-vl-3b)-(\w+)", name)
+    assert found is not None, f"{name} names no known checkpoint"
+    method, model, task = found.groups()
+    return method, model, task
+
+
+def share(amount: Any, tokens: int | None) -> float | None:
+    """Counts as shares of an image's tokens."""
+    return amount / tokens if isinstance(amount, int) and tokens is not None else amount
+
+
 @pytest.mark.parametrize("name", of_papers())
 def test_every_recipe_of_a_paper_has_an_offline_twin(name: str) -> None:
     recipe = recipes.load(name)
     (plan,) = recipe.tasks
-    method = name.removeprefix("reproduce/").removesuffix(f"-llava-1.5-7b-{plan.name}")
-    twin = recipes.load(f"reproduce/offline/{method}-tiny-llava-{TWINS[plan.name]}")
+    method, model, task = parts(name)
+    assert task == plan.name
+    small_model, tokens = MODELS.get(model, MODELS["llava-1.5-7b"])
+    twin = recipes.load(f"reproduce/offline/{method}-{small_model}-{TWINS[plan.name]}")
     assert [each.name for each in twin.tasks] == [TWINS[plan.name]]
-    assert twin.model == "tiny-llava"
-    assert list(twin.variants) == list(recipe.variants)
+    assert twin.model == small_model
     ours, theirs = twin.methods(), recipe.methods()
+    assert {built.id for methods in (ours, theirs) for each in methods.values() for built in each} == {method}
+    if model not in MODELS:
+        # LLaVA-NeXT's crops are LLaVA-1.5's images: what is settled per crop has its twin there.
+        return
+    assert list(twin.variants) == list(recipe.variants)
     for variant in recipe.variants:
         (small,), (full,) = ours[variant], theirs[variant]
-        assert small.id == full.id == method
-        # Sink channels belong to a checkpoint; everything else is the same setting.
         differing = {key for key, value in small.settings().items() if value != full.settings()[key]}
-        assert differing <= {"sink_dims"}
+        assert differing <= DIFFERS
+        for count in differing.intersection(COUNTS):
+            # Half a token by rounding; two where the first cut, one layer in eight, spends more than the share.
+            scaled = share(full.settings()[count], tokens), share(small.settings()[count], SMALL_TOKENS)
+            assert scaled[1] == pytest.approx(scaled[0], abs=2 / SMALL_TOKENS), (variant, count)
     sampling = {"do_sample", "temperature", "top_p"}
     generation = {key: value for key, value in plan.generation.given().items() if key in sampling}
     assert {key: value for key, value in twin.tasks[0].generation.given().items() if key in sampling} == generation
@@ -63,7 +100,8 @@ def test_every_recipe_of_a_paper_states_figures_and_their_place(name: str) -> No
         for by_variant in by_metric.values()
         for variant in by_variant
     }
-    assert "baseline" in figures
+    stated = any("baseline is not known" in paper.notes for paper in recipe.paper)
+    assert ("baseline" in figures) != stated, "gains need a baseline; where a source has none, its notes say so"
     for paper in recipe.paper:
         assert "arXiv" in paper.source, "a source that can be looked up"
 
@@ -71,7 +109,51 @@ def test_every_recipe_of_a_paper_states_figures_and_their_place(name: str) -> No
 @pytest.mark.parametrize("name", SCENES)
 def test_the_scenes_recipes_hold_every_attention_method(name: str) -> None:
     methods = recipes.load(name).methods()
-    assert {method.id for built in methods.values() for method in built} == attention_methods()
+    assert {method.id for built in methods.values() for method in built} == methods_of_kind("attention")
+
+
+def test_every_reducer_has_an_offline_recipe() -> None:
+    built = [method for name in OFFLINE for each in recipes.load(name).methods().values() for method in each]
+    assert {method.id for method in built if method.kind == "reduction"} == methods_of_kind("reduction")
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_the_sweeps_hold_every_reducer_that_serves_their_model(name: str) -> None:
+    methods = recipes.load(name).methods()
+    serving = {method for method in methods_of_kind("reduction") if SWEEPS[name] not in ROWS[method].refused}
+    assert {method.id for built in methods.values() for method in built} == serving
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_swept_shares_are_what_methods_are_given(name: str) -> None:
+    """A sweep may set keep only where that is the mean over layers: one cut, before the decoder."""
+    recipe = recipes.load(name)
+    assert recipe.sweep is not None
+    methods = recipe.methods()
+    with_budget = 0
+    for variant, (method,) in ((key, built) for key, built in methods.items() if split_name(key) is not None):
+        _, budget = split_name(variant) or ("", 0.0)
+        assert (method.keep if method.budget is None else method.budget) == budget
+        with_budget += method.budget is not None
+        assert method.budget is not None or method.id in ("tome", "evit", "flowcut")
+    assert with_budget > 0
+
+
+@pytest.mark.parametrize("model", ["tiny-llava", "tiny-qwen"])
+def test_every_variant_fits_the_model_of_its_recipe(model: str) -> None:
+    shipped = [recipes.load(name) for name in (*OFFLINE, *SWEEPS)]
+    here = [recipe for recipe in shipped if recipe.model == model]
+    assert here
+    patched, processor = load_model(here[0])
+    for recipe in here:
+        for variant, built in recipe.methods().items():
+            if variant == BASELINE:
+                continue
+            try:
+                with lmmhooks.wrap(patched, *built, processor=processor):
+                    pass
+            except lmmhooks.LmmhooksError as error:
+                pytest.fail(f"{recipe.name}, {variant}: {error}")
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +173,14 @@ def _small(recipe: Recipe) -> Recipe:
     )
 
 
-@pytest.mark.parametrize("name", OFFLINE)
+def _runs(name: str) -> bool:
+    """Twins of attention methods on tiny-llava, and of a few reducers."""
+    recipe = recipes.load(name)
+    found = {method.id for built in recipe.methods().values() for method in built}
+    return recipe.model == "tiny-llava" and found <= {*methods_of_kind("attention"), *RUN}
+
+
+@pytest.mark.parametrize("name", [name for name in OFFLINE if _runs(name)])
 def test_offline_twins_run(name: str, loaded: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner_module, "load_model", lambda recipe: loaded)
     recipe = _small(recipes.load(name))

@@ -38,6 +38,12 @@ def test_a_sweep_stands_for_variants() -> None:
     assert built["fastv@50"][0].layer == built["fastervlm@50"][0].layer == 1
 
 
+def test_methods_without_budget_are_given_the_share_they_keep() -> None:
+    sweep = {"budgets": [0.5], "methods": {"tome": {"method": "tome", "setting": "keep"}}}
+    recipe = Recipe.model_validate({"name": "r", "model": "tiny-llava", "tasks": ["scenes-pope"], "sweep": sweep})
+    assert recipe.methods()["tome@50"][0].keep == 0.5
+
+
 def test_variants_beside_a_sweep_stay_and_an_expanded_recipe_is_one_again() -> None:
     data = {"name": "r", "model": "tiny-llava", "tasks": ["scenes-pope"], "sweep": SWEEP, "variants": {"v": "var"}}
     recipe = Recipe.model_validate(data)
@@ -53,6 +59,7 @@ def test_variants_beside_a_sweep_stay_and_an_expanded_recipe_is_one_again() -> N
         ({"budgets": [], "methods": {"random": "random"}}, "at least 1"),
         ({"budgets": [1.5], "methods": {"random": "random"}}, "less than or equal to 1"),
         ({"budgets": [0.5], "methods": {}}, "at least 1"),
+        ({"budgets": [0.5], "methods": {"a": {"method": "tome", "setting": "r"}}}, "'budget' or 'keep'"),
     ],
 )
 def test_sweeps_that_make_no_sense_are_refused(sweep: dict[str, Any], reason: str) -> None:
