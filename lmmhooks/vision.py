@@ -11,7 +11,10 @@ from torch import Tensor
 
 from .compat import pixels_argument
 
-__all__ = ["PIXELS", "ImageTokens", "Tiling", "VisionInputs"]
+__all__ = ["ENCODERS", "PIXELS", "ImageTokens", "Tiling", "VisionInputs"]
+
+#: Method of a multimodal model that encodes, by modality.
+ENCODERS = {"image": "get_image_features", "video": "get_video_features"}
 
 #: Argument that holds the pixels, by modality.
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}

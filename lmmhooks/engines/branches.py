@@ -13,11 +13,10 @@ from torch import Tensor
 from lmmhooks.compat import pixels_argument, takes_encoder_outputs
 from lmmhooks.engines.branch_rows import entry_order, grids_of, left_pad, position_after, shift_sources, tokens_of
 from lmmhooks.engines.branch_vision import BranchEncoder, EncodedImages, Entry, entries_of, with_entries
-from lmmhooks.engines.runtime import ENCODERS
 from lmmhooks.errors import MethodError, PromptError
 from lmmhooks.layout import Layout, build_layout
 from lmmhooks.methods.decoding.base import Branch, DecodingMethod
-from lmmhooks.vision import PIXELS, VisionInputs
+from lmmhooks.vision import ENCODERS, PIXELS, VisionInputs
 
 if TYPE_CHECKING:
     from lmmhooks.engines.runtime import Runtime

@@ -19,37 +19,23 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
+from lmmhooks.engines.assembly import assemble
 from lmmhooks.engines.attach import Attachments
-from lmmhooks.engines.attention import AttentionEngine
 from lmmhooks.engines.backend import AttentionCall, AttentionResult
 from lmmhooks.engines.branch_cache import BranchCache
-from lmmhooks.engines.downsampling import DownsamplingEngine
-from lmmhooks.engines.preparing import PromptPreparer
 from lmmhooks.engines.probes import DecoderProbe
 from lmmhooks.engines.state import PromptState
 from lmmhooks.errors import MethodError, PromptError
 from lmmhooks.family import Family, VisionInputs
 from lmmhooks.layout import Layout, build_layout
 from lmmhooks.methods.attention.base import AttentionMethod
-from lmmhooks.methods.attention.steering import SteeringMethod
 from lmmhooks.methods.base import Method
-from lmmhooks.methods.decoding.base import DecodingMethod
-from lmmhooks.methods.reduction.base import ReductionMethod
-from lmmhooks.methods.reduction.caching import CacheMethod
-from lmmhooks.methods.reduction.compute import ComputeMethod
-from lmmhooks.methods.reduction.downsample import Downsample
-from lmmhooks.methods.reduction.injecting import InjectionMethod
-from lmmhooks.methods.reduction.tower import TowerMethod
+from lmmhooks.vision import ENCODERS
 
 if TYPE_CHECKING:
-    from lmmhooks.engines.caching import CacheEngine
-    from lmmhooks.engines.reduction import ReductionEngine
-    from lmmhooks.engines.skipping import ComputeEngine
     from lmmhooks.patch import Patch
 
 __all__ = ["Runtime", "find_runtime"]
-
-ENCODERS = {"image": "get_image_features", "video": "get_video_features"}
 
 
 def find_runtime(model: nn.Module) -> Runtime | None:
@@ -136,7 +122,7 @@ class Runtime:
         methods = self.methods()
         if methods:
             try:
-                self._attach(methods)
+                assemble(self, methods)
             except BaseException:
                 self.attachments.undo()
                 raise
@@ -154,7 +140,7 @@ class Runtime:
         # M-RoPE models remember the offset of the last prompt; a generation that goes on afterwards needs its own.
         offset = getattr(core, "rope_deltas", None)
         try:
-            self._follow(attachments)
+            self.follow(attachments)
             yield attachments
         finally:
             attachments.undo()
@@ -176,69 +162,7 @@ class Runtime:
     def _mark(self, module: nn.Module, args: Any) -> None:
         return None
 
-    def _attach(self, methods: Sequence[Method]) -> None:
-        attach = self.attachments
-        reducers = of_kind(methods, ReductionMethod)
-        branching = of_kind(methods, DecodingMethod)
-        presses = of_kind(methods, CacheMethod)
-        reduction: ReductionEngine | None = None
-        caching: CacheEngine | None = None
-        compute: ComputeEngine | None = None
-        if branching:
-            from lmmhooks.engines.decoding import BranchEngine
-
-            BranchEngine(self, branching).attach(attach)
-        self._follow(attach)
-        if injecting := of_kind(methods, InjectionMethod):
-            from lmmhooks.engines.injection import InjectionEngine
-
-            InjectionEngine(self, injecting).attach(attach)
-        edits, steers = of_kind(methods, AttentionMethod), of_kind(methods, SteeringMethod)
-        self.row_keepers = [m for m in edits if type(m).select_rows is not AttentionMethod.select_rows]
-        if self.row_keepers:
-            attach.attribute(self.family.model, "_reorder_cache", self._reorder_cache, "model._reorder_cache")
-        preparer = PromptPreparer(self, [*edits, *steers])
-        # Before the reduction engine: what holds for a prompt is computed on the prompt as given.
-        preparer.attach(attach)
-        if reducers:
-            from lmmhooks.engines.reduction import ReductionEngine
-
-            reduction = ReductionEngine(self, reducers)
-            if smaller := of_kind(reducers, Downsample):
-                DownsamplingEngine(self, smaller[0]).attach(attach)
-            # Before the attention engine: an observer of layer k must see the sequence that layer k sees.
-            reduction.attach(attach)
-        if presses:
-            from lmmhooks.engines.caching import CacheEngine
-
-            caching = CacheEngine(self, presses)
-            caching.attach(attach)
-        if skipping := of_kind(methods, ComputeMethod):
-            from lmmhooks.engines.skipping import ComputeEngine
-
-            compute = ComputeEngine(self, skipping)
-            # Before the steering engine: what it sees of a feed-forward part has the length of the prompt.
-            compute.attach(attach)
-        probes = [probe for engine in (reduction, caching) if engine for probe in engine.decoder_probes]
-        AttentionEngine(
-            self,
-            edits,
-            [*self.probes, *probes],
-            [*preparer.vision_probes, *(reduction.vision_probes if reduction else ())],
-            reduction.peeked if reduction else (),
-            compute,
-        ).attach(attach)
-        if steers:
-            from lmmhooks.engines.steering import SteeringEngine
-
-            SteeringEngine(self, steers).attach(attach)
-        if inside := of_kind(reducers, TowerMethod):
-            from lmmhooks.engines.tower import TowerEngine
-
-            # Last: it takes the place of what other hooks on the MLPs of the tower edit.
-            TowerEngine(self, inside[0]).attach(attach)
-
-    def _follow(self, attach: Attachments) -> None:
+    def follow(self, attach: Attachments) -> None:
         """Attach what keeps track of prompts: needed by every engine, changes nothing by itself."""
         family = self.family
         for modality, name in ENCODERS.items():
@@ -380,7 +304,7 @@ class Runtime:
 
     # -- the answer ---------------------------------------------------------------------------------------------------
 
-    def _reorder_cache(self, cache: Cache, beam_idx: Tensor) -> Cache:
+    def reorder_cache(self, cache: Cache, beam_idx: Tensor) -> Cache:
         """What ``generate`` calls, on models that define it, where it would reorder the cache itself."""
         cache.reorder_cache(beam_idx)
         state = self._states.get(cache)
@@ -391,11 +315,6 @@ class Runtime:
     def _select_rows(self, state: PromptState, rows: Tensor) -> None:
         for method in self.row_keepers:
             method.select_rows(rows, state.memory(method))
-
-
-def of_kind(methods: Sequence[Method], kind: type[Any]) -> list[Any]:
-    """Those methods that follow one contract, in order."""
-    return [method for method in methods if isinstance(method, kind)]
 
 
 def _padding(mask: Any, length: int) -> Tensor | None:
