@@ -101,13 +101,12 @@ def distinct_indices(features: Tensor, candidates: Tensor, num_keep: int, step: 
     num_groups, size = features.shape[:2]
     likeness = (unit @ unit.transpose(1, 2)).flatten(0, 1)
     first = torch.arange(num_groups, device=features.device)[:, None] * size
-    other = torch.ones(num_groups, size, dtype=torch.bool, device=features.device)
     while (num_left := candidates.shape[1]) > num_keep:
         num_leaving = min(step, num_left // 2, num_left - num_keep)
         even, odd = candidates[:, ::2], candidates[:, 1::2]
-        # Whole rows with the other columns masked are read faster than the columns of odd places picked out of them.
+        # Rows first, then columns of what then lies together: several times faster than picking single entries.
         rows = likeness.index_select(0, (even + first).flatten()).view(num_groups, -1, size)
-        closest = rows.masked_fill_(other.scatter(1, odd, False)[:, None], -torch.inf).amax(dim=-1)
+        closest = rows.gather(2, odd[:, None].expand(-1, rows.shape[1], -1)).amax(dim=-1)
         order = closest.argsort(dim=-1, descending=True, stable=True)[:, num_leaving:]
         candidates = torch.cat([even.gather(1, order), odd], dim=1)
     return candidates
