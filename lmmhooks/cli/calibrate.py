@@ -33,6 +33,10 @@ def calibrate(
     rule: Annotated[
         str | None, typer.Option(help="yopo: 'mean' of the ratios over documents (default), or 'vote' of documents.")
     ] = None,
+    eta: Annotated[
+        float | None, typer.Option(help="dyvte: divergence in nats up to which an exit counts as no change (0.003).")
+    ] = None,
+    first: Annotated[int | None, typer.Option(min=0, help="dyvte: first layer tried (5).")] = None,
     trials: Annotated[int | None, typer.Option(min=1, help="vti: masked copies per image (50).")] = None,
     mask_ratio: Annotated[float | None, typer.Option(help="vti: share of masked patches (0.99).")] = None,
     grouping: Annotated[
@@ -49,7 +53,7 @@ def calibrate(
     quantization: Annotated[str | None, typer.Option(help="bnb-4bit or bnb-8bit; unset: none.")] = None,
     json: JsonOption = False,
 ) -> None:
-    """Measure on a checkpoint what a method needs: heads (act, yopo), layers (shortv), directions (vti) ..."""
+    """Measure on a checkpoint what a method needs: heads (act, yopo), layers (shortv, dyvte), directions (vti) ..."""
     from lmmhooks.errors import LmmhooksError
     from lmmhooks.loading import load
     from lmmhooks.methods.registry import resolve
@@ -66,6 +70,8 @@ def calibrate(
         "margin": margin,
         "threshold": threshold,
         "rule": rule,
+        "eta": eta,
+        "first": first,
         "trials": trials,
         "mask_ratio": mask_ratio,
         "grouping": grouping,

@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 from lmmhooks.errors import LmmhooksError
 from lmmhooks_eval import environment
 from lmmhooks_eval.calibration.directions import DirectionEstimate
+from lmmhooks_eval.calibration.exits import ExitSearch
 from lmmhooks_eval.calibration.heads import HeadSearch
 from lmmhooks_eval.calibration.layers import LayerSearch
+from lmmhooks_eval.calibration.recipes import RecipeFit
 from lmmhooks_eval.calibration.sinks import SinkSearch
 from lmmhooks_eval.calibration.visual_heads import VisualHeadSearch
 from lmmhooks_eval.generate import Generator
@@ -50,6 +52,8 @@ _PROCEDURES: Mapping[str, type[Any]] = {
     "directions": DirectionEstimate,
     "layers": LayerSearch,
     "yopo.heads": VisualHeadSearch,
+    "dyvte.layer": ExitSearch,
+    "fitprune.recipe": RecipeFit,
 }
 """By name of the setting; one of a single method, by its id and name, comes first."""
 

@@ -56,8 +56,8 @@ class DyVTE(ReductionMethod):
     rule: Literal["fixed", "mass", "drift", "gate"] = setting(
         "fixed",
         help="'fixed': before `layer` (VTW); 'gate': behind the first layer whose trained gate says so (DyVTE); "
-        "'mass', 'drift' (extensions): behind the second layer in a row where the last prompt token looks little at the "
-        "image, or where the image moves its head outputs little.",
+        "'mass', 'drift' (extensions): behind the second layer in a row where the last prompt token looks little at "
+        "the image, or where the image moves its head outputs little.",
     )
     layer: int | str | None = setting(
         "half",

@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from lmmhooks.layout import Layout
 from lmmhooks.methods.base import names_record, setting
 from lmmhooks.methods.probe import Probe, RowsRead
 from lmmhooks.methods.reduction.base import Cut, Newline, Positions, ReductionMethod, Scope, TokenGroup
@@ -27,20 +28,32 @@ from lmmhooks.methods.reduction.recipes import PUBLISHED, Recipes, kept_curve
 __all__ = ["FitPrune", "received_by_side"]
 
 
-def received_by_side(read: RowsRead) -> Tensor:
+def received_by_side(weights: Tensor, rows: Tensor, members: Tensor, layout: Layout) -> Tensor:
     """
     Attention a key receives, maximum over heads: mean over visual rows, and sum over text rows behind the first image.
+
+    Parameters
+    ----------
+    weights
+        ``[B, H, R, N]`` of some rows.
+    rows, members
+        ``[B, R]``: where they stand, and which of them count.
+    layout
+        Of the N keys.
 
     Returns
     -------
     Tensor
-        ``[B, 2, N]``.
+        ``[B, 2, N]``; blocks of rows add up.
     """
-    weights = read.weights.amax(dim=1)
-    visual, text = (mask.gather(1, read.rows) & read.members for mask in (read.layout.visual, read.layout.after_image))
-    number = read.layout.visual.sum(dim=1, keepdim=True).clamp(min=1)
-    sides = torch.stack([visual / number, text.to(weights.dtype)], dim=1)
-    return sides @ weights
+    strongest = weights.amax(dim=1)
+    visual, text = (mask.gather(1, rows) & members for mask in (layout.visual, layout.after_image))
+    number = layout.visual.sum(dim=1, keepdim=True).clamp(min=1)
+    return torch.stack([visual / number, text.to(strongest.dtype)], dim=1) @ strongest
+
+
+def _read(read: RowsRead) -> Tensor:
+    return received_by_side(read.weights, read.rows, read.members, read.layout)
 
 
 @dataclass(frozen=True)
@@ -138,7 +151,7 @@ class FitPrune(ReductionMethod):
         return [self._probe(cut.layer) for cut in self.cuts(family)]
 
     def _probe(self, layer: int) -> Probe:
-        return Probe("decoder_rows", layer - 1, "all", reduce=received_by_side, label="by side")
+        return Probe("decoder_rows", layer - 1, "all", reduce=_read, label="by side")
 
     def count(self, share: float, num_tokens: int) -> int:
         # Deletions are rounded down; a share of 1 - 62 / 576 must not lose a 63rd token to binary fractions.
