@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from inspect import unwrap
 from typing import Any, ClassVar
 
 import torch
@@ -21,6 +20,7 @@ from .errors import ModelError, closest
 from .inputs import ModelInputs
 from .parts import LayerParts
 from .smaller import SmallerImages
+from .usable import unusable, uses_attention_interface
 from .vision import ImageTokens, VisionInputs
 
 __all__ = ["Family", "VisionInputs", "resolve", "supported", "uses_attention_interface"]
@@ -331,13 +331,6 @@ class Family(ModelInputs, LayerParts, SmallerImages):
                 )
 
 
-def uses_attention_interface(attention: nn.Module) -> bool:
-    """Whether an attention module looks its kernel up in transformers' ``ALL_ATTENTION_FUNCTIONS``."""
-    # Decorators hide the body: unwrap them, then read which globals the code refers to.
-    code = getattr(unwrap(type(attention).forward), "__code__", None)
-    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
-
-
 def supported() -> dict[str, type[Family]]:
     """Model types with a family of their own, sorted: those shipped here and those of installed plug-ins that load."""
     return families.discover(Family)[0]
@@ -365,7 +358,7 @@ def resolve(model: Any) -> Family:
             f"AutoModelForImageTextToText.from_pretrained(...), and merge adapters into it first"
         )
     name = model.config.model_type
-    if problem := _unusable(model):
+    if problem := unusable(model):
         raise ModelError(
             f"{type(model).__name__} (model type {name!r}) cannot be used: {problem}; supported model types are "
             f"{_listed(known)}"
@@ -377,26 +370,6 @@ def resolve(model: Any) -> Family:
     except ModelError as error:
         hints = "".join(f"; plug-in {plugin!r} failed to load: {reason}" for plugin, reason in broken.items())
         raise ModelError(f"{error}{closest(name, known)}{hints}") from None
-
-
-def _unusable(model: Any) -> str | None:
-    """Why a model can be refused without looking for its parts, or None."""
-    if model.is_remote_code():
-        return "it runs code from its repository (trust_remote_code); use a checkpoint of transformers' own class"
-    if model.config.is_encoder_decoder:
-        return "it is an encoder-decoder model, whose decoder has no visual tokens"
-    if hasattr(model.config, "qformer_config"):
-        return "its Q-Former answers with learned queries, which have no place in the image"
-    crossing = next((m for m in model.modules() if "CrossAttention" in type(m).__name__), None)
-    if crossing is not None:
-        return f"its decoder reads the image through {type(crossing).__name__} and has no visual tokens"
-    if not hasattr(model.base_model, "get_image_features") or not hasattr(model.config, "vision_config"):
-        return "it takes no images"
-    if not model._supports_attention_backend:
-        return "its attention does not go through transformers' AttentionInterface"
-    if model.get_output_embeddings() is None:
-        return "it has no language head; load the ...ForConditionalGeneration class"
-    return None
 
 
 def _listed(names: Any) -> str:
