@@ -67,6 +67,18 @@ def test_the_measured_order_is_found_when_the_model_is_wrapped(tiny):
         assert list(patch.methods[0].layers) == record.value
 
 
+@pytest.mark.parametrize("name", ["tiny-llava", "tiny-qwen"])
+def test_bundled_models_carry_their_order(name):
+    model, processor = lmmhooks.load(name, dtype="float32")
+    with lmmhooks.wrap(model, "shortv", processor=processor) as patch:
+        frozen = patch.methods[0].frozen_layers(patch.family)
+        assert len(frozen) == 5
+        assert frozen[0] == 7, "no row that is read sees what the last layer makes of visual tokens"
+        image = get_task("scenes-pope").images(get_task("scenes-pope").load()[0])[0]
+        assert patch.answer(image, "Is there a tree in the image?", max_new_tokens=2, do_sample=False) in ("Yes", "No")
+        assert patch.stats.flops_saved > 0.2
+
+
 @pytest.mark.parametrize("rule", ["mean", "vote"])
 def test_heads_are_kept_that_look_at_the_image(tiny, tmp_path, rule):
     model, processor = tiny
