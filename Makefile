@@ -5,7 +5,8 @@ PYTEST_FLAGS ?=
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help env demo test lint types wheel-test support bench bench-attention results docs clean
+.PHONY: help env demo test lint types wheel-test support bench bench-attention bench-reduction results sweep docs \
+  clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -66,11 +67,44 @@ bench-attention: env ## measure the table of attention methods (best on an idle 
 	  --repeat $(ATTENTION_ROUNDS) --dtype $(DTYPE) --decode-tokens 4 --no-disabled $(ATTENTION_METHODS) \
 	  --out $(RESULTS)/attention-qwen2.5-vl-3b.json
 
+# Every reducer at the same true budget, a third as in the papers' rows of 192 tokens, so that the decoder does the same
+# work under all and what differs is selection. Cuts inside the decoder are as early as 8 layers need for it. Towers
+# that attend in windows refuse the second group. The third keeps all tokens in the prompt and saves work or memory.
+BUDGET ?= 0.333
+REDUCTION_LAYERS ?= 8
+REDUCTION_ROUNDS ?= 3
+REDUCTION_METHODS ?= $(foreach id,random uniform-grid pool downsample fastervlm vtc-cls hiprune hired visionzip \
+  prumerge vispruner divprune cdpruner holov scope vmtc tome-post vscan v2drop \
+  fitprune,--method "$(id)(budget=$(BUDGET))") \
+  --method "mmtok(words='tokens', budget=$(BUDGET))" --method "fastv(layer=1, budget=$(BUDGET))" \
+  --method "dart(layer=1, budget=$(BUDGET))" --method "pyramiddrop(layers=(1, 2, 4), budget=$(BUDGET))" \
+  --method "sparsevlm(layers=(1, 2, 4), budget=$(BUDGET))"
+REDUCTION_TOWER ?= $(foreach id,tome evit flowcut,--method "$(id)(keep=$(BUDGET))") --method "ats(num_samples=193)"
+REDUCTION_WHOLE ?= --method "shortv(layers=(0, 4, 5, 6, 7))" --method naavit --method yopo --method pbs \
+  --method dyvte --method look-m --method "vl-cache(alpha=$(BUDGET))"
+BENCH_REDUCTION = $(BIN)/lmmhooks bench --layers $(REDUCTION_LAYERS) --repeat $(REDUCTION_ROUNDS) --dtype $(DTYPE) \
+  --decode-tokens 2 --no-disabled $(REDUCTION_METHODS) $(REDUCTION_WHOLE)
+
+bench-reduction: env ## measure the tables of reducers (hours on two cores), then run `make docs`
+	$(BENCH_REDUCTION) $(REDUCTION_TOWER) --config llava-1.5-7b-shape --vision-layers 24 \
+	  --out $(RESULTS)/reduction-llava-1.5-7b.json
+	$(BENCH_REDUCTION) $(REDUCTION_TOWER) --config llava-next-7b-shape --vision-layers 24 \
+	  --out $(RESULTS)/reduction-llava-next-7b.json
+	for tokens in 1296 8192; do \
+	  $(BENCH_REDUCTION) --config qwen2.5-vl-7b-shape --visual-tokens $$tokens --vision-layers 8 \
+	  --out $(RESULTS)/reduction-qwen2.5-vl-7b-$$tokens.json || exit 1; done
+
 results: env ## run all attention methods on the bundled models again (about half an hour on two cores), then run `make docs`
 	for name in llava qwen; do \
 	  $(BIN)/lmmhooks run attention-scenes-$$name --out runs/attention-$$name --resume && \
 	  $(BIN)/python scripts/store_results.py runs/attention-$$name --out docs/results/attention-tiny-$$name.json \
 	  || exit 1; done
+
+sweep: env ## run every reducer at equal budgets on the bundled models (hours), then run `make docs`
+	$(BIN)/lmmhooks run reduction-sweep --out runs/reduction-llava --resume
+	$(BIN)/python scripts/store_results.py runs/reduction-llava --out docs/results/reduction-tiny-llava.json
+	$(BIN)/lmmhooks run reduction-sweep-qwen --out runs/reduction-qwen --resume
+	$(BIN)/python scripts/store_results.py runs/reduction-qwen --out docs/results/reduction-tiny-qwen.json
 
 docs: env ## regenerate the tables of README.md and docs/ from their result files
 	$(BIN)/python docs/build.py
