@@ -50,7 +50,7 @@ def test_head_list_in_a_file_of_choice(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("atc",), "unknown method 'atc'; did you mean 'act'?"),
+        (("acct",), "unknown method 'acct'; did you mean 'act'?"),
         (("vcd",), "vcd has no setting"),
         (("vti", "--margin", "0.1"), "--margin does not apply to vti"),
         (("act", "--task", "scenes-pop"), "did you mean 'scenes-pope'"),

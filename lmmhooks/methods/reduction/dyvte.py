@@ -113,8 +113,12 @@ class DyVTE(ReductionMethod):
             wanted = 2 * family.hidden_size
             for layer in range(family.num_layers):
                 inner, outer = (self.gates.get(f"{layer}.{name}") for name in ("w1", "w2"))
-                fits = inner is not None and outer is not None and inner.dim() == outer.dim() == 2
-                if not (fits and inner.shape[1] == wanted and outer.shape == (2, inner.shape[0])):
+                if (
+                    inner is None
+                    or outer is None
+                    or inner.dim() != 2
+                    or (inner.shape[1], *outer.shape) != (wanted, 2, len(inner))
+                ):
                     raise MethodError(
                         f"{self.id}: gates of layer {layer} do not fit {family.name}: needed are w1 [hidden, {wanted}] "
                         f"and w2 [2, hidden]; train or take gates of this model"

@@ -11,7 +11,7 @@ that 2.0 averages half of the heads whatever their number, and that a table entr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lmmhooks.errors import MethodError
 from lmmhooks.methods.base import setting
-from lmmhooks.methods.probe import Probe
+from lmmhooks.methods.probe import Probe, RowsRead
 from lmmhooks.methods.reduction.base import Cut, Scope, TokenGroup
 from lmmhooks.methods.reduction.clustering import cluster_means, density_peaks
 from lmmhooks.methods.reduction.raters import EMBEDDINGS, RATERS, judged, judged_per_head, judged_per_row
@@ -174,21 +174,20 @@ class SparseVLM(StagedMethod):
         return [EMBEDDINGS, RATERS, *found] if found else []
 
     def _probe(self, layer: int) -> Probe:
-        reduce, label = {
-            "1.0": (judged_per_row, "raters' rows"),
-            "1.5": (judged, "raters' mean"),
-            "2.0": (partial(judged_per_head, correct=self.gravity, least=self.least), "raters' heads"),
-        }[self.version]
-        return Probe("decoder_rows", layer - 1, "after_image", reduce=reduce, label=label)
+        reduce: Callable[[RowsRead], Tensor] = judged_per_row if self.version == "1.0" else judged
+        if self.version == "2.0":
+            reduce = partial(judged_per_head, correct=self.gravity, least=self.least)
+        return Probe("decoder_rows", layer - 1, "after_image", reduce=reduce, label=f"raters {self.version}")
 
     def count(self, share: float, num_tokens: int) -> int:
         return int(share * num_tokens + 1e-9)
 
     def select(self, tokens: TokenGroup) -> Tensor:
-        return self._choose(tokens)[0]
+        index, tokens.scratch["merged"] = self._choose(tokens)
+        return index
 
     def merge(self, tokens: TokenGroup, index: Tensor) -> Tensor | None:
-        return self._choose(tokens)[1]
+        return tokens.scratch["merged"]
 
     def _choose(self, tokens: TokenGroup) -> tuple[Tensor, Tensor | None]:
         """Indices, and the states of all of them where some are merged."""
