@@ -105,6 +105,7 @@ ROWS: dict[str, Row] = {
     "naavit": Row("naavit(vv='self')"),
     "yopo": Row("yopo(window=3, heads={1: [0], 2: []}, layer_cut=3)"),
     "pbs": Row("pbs(threshold=0.3, block=2, segment=4)"),
+    "a-shape": Row("a-shape(sink=2, window=4, last_rows=3)"),
     "divprune": Row("divprune(keep=4)"),
     "cdpruner": Row("cdpruner(keep=4)"),
     "holov": Row("holov(keep=4, chunks=2)"),
