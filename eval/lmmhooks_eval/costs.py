@@ -134,10 +134,12 @@ def _relative(batches: Batches, reference: Batches) -> dict[str, float | None]:
         return above / below if below else None
 
     def limit() -> float | None:
-        counted = [(_gflops(a), _gflops(b), b.get("batch_vision_flops")) for a, b in pairs]
-        known = [(a, b, vision / 1e9) for a, b, vision in counted if None not in (a, b, vision)]
-        below = sum(b + vision for _, b, vision in known)
-        return sum(a + vision for a, _, vision in known) / below if below else None
+        above = below = 0.0
+        for a, b in pairs:
+            own, other, vision = _gflops(a), _gflops(b), b.get("batch_vision_flops")
+            if own is not None and other is not None and vision is not None:
+                above, below = above + own + vision / 1e9, below + other + vision / 1e9
+        return above / below if below else None
 
     return {
         "prefill_time": times("batch_prefill_ms"),
