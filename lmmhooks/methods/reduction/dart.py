@@ -57,7 +57,9 @@ def least_similar(pivots: Tensor, real: Tensor, states: Tensor, free: Tensor, sh
     Tensor
         ``[G, V]`` bool. The lower index wins a tie.
     """
-    similarity = torch.nn.functional.cosine_similarity(pivots.float()[:, :, None], states.float()[:, None], dim=-1)
+    pivots, states = pivots.float(), states.float()
+    lengths = pivots.norm(dim=-1)[:, :, None] * states.norm(dim=-1)[:, None]
+    similarity = pivots @ states.transpose(1, 2) / lengths.clamp(min=1e-8)
     chosen = torch.zeros_like(free)
     for place, share in enumerate(shares):
         order = similarity[:, place].masked_fill(~free, torch.inf).sort(dim=1, stable=True).indices[:, :share]
@@ -149,20 +151,21 @@ class Dart(ReductionMethod):
         [(name, norms)] = tokens.probes.items()
         num_groups, num_tokens = norms.shape
         num_pivots, shares = self._shares(num_tokens, tokens.num_keep)
-        # The module's forward alone: calling it would set off hooks that belong to the end of the decoder.
-        states = tokens.family.norm.forward(tokens.hidden)[tokens.sample]
         visual = norms.sort(dim=1, descending=True, stable=True).indices[:, : self.pivots]
         text = tokens.layout.after_last_image[tokens.sample]
         ranked = tokens.readings[name][tokens.sample].masked_fill(~text, -torch.inf)
         beside = ranked.sort(dim=1, descending=True, stable=True).indices[:, : self.text_pivots]
-        place = torch.cat([tokens.position.gather(1, visual), beside], dim=1)
+        # The module's forward alone: calling it would set off hooks that belong to the end of the decoder.
+        norm = tokens.family.norm.forward
+        states = norm(tokens.states)
+        own = states.gather(1, visual[..., None].expand(-1, -1, states.shape[-1]))
+        pivots = torch.cat([own, norm(tokens.hidden[tokens.sample[:, None], beside])], dim=1)
         real = torch.cat([torch.ones_like(visual, dtype=torch.bool), text.gather(1, beside)], dim=1)
-        rows = torch.arange(num_groups, device=norms.device)[:, None]
-        if self.order is not None and place.shape[1] == len(self.order):
+        if self.order is not None and pivots.shape[1] == len(self.order):
             order = torch.tensor(self.order, device=norms.device)
-            place, real = place[:, order], real[:, order]
+            pivots, real = pivots[:, order], real[:, order]
         free = torch.ones_like(norms, dtype=torch.bool).scatter(1, visual[:, :num_pivots], False)
-        chosen = least_similar(states[rows, place], real, states[rows, tokens.position], free, shares[: place.shape[1]])
+        chosen = least_similar(pivots, real, states, free, shares[: pivots.shape[1]])
         kept = chosen | ~free
         index = torch.arange(num_tokens, device=norms.device).expand(num_groups, -1)
         # Missing text pivots leave gaps: those go to the end, as fillers.

@@ -91,10 +91,10 @@ def merge_into_nearest(states: Tensor, index: Tensor) -> Tensor:
     unit = torch.nn.functional.normalize(states, dim=-1)
     similarity = unit @ unit.gather(1, index[..., None].expand(-1, -1, unit.shape[-1])).transpose(1, 2)
     best = similarity.amax(dim=-1, keepdim=True)
-    slots = torch.arange(index.shape[1], device=index.device)
+    slots = torch.arange(index.shape[1], device=index.device, dtype=torch.int32)
     # argmax leaves open which of equal maxima it returns.
-    nearest = torch.where(similarity == best, slots, index.shape[1]).amin(dim=-1)
-    nearest = nearest.scatter(1, index, slots.expand_as(index))
+    nearest = torch.where(similarity == best, slots, index.shape[1]).amin(dim=-1).long()
+    nearest = nearest.scatter(1, index, slots.long().expand_as(index))
     total = states.new_zeros(len(states), index.shape[1], states.shape[-1])
     total = total.scatter_add(1, nearest[..., None].expand_as(states), states)
     count = states.new_zeros(index.shape).scatter_add(1, nearest, torch.ones_like(nearest, dtype=states.dtype))
