@@ -22,6 +22,7 @@ from lmmhooks.methods.reduction.shortv import ShortV
 from lmmhooks.parts import LayerParts
 from tests.methods.dense import answer
 from tests.methods.rendered import TOLERANCE, equals_rendering, prompts_of, same_bits
+from tests.reference.compute import split_rows
 from tests.zoo import FAMILIES, IMAGE, build
 
 LAYERS = (1, 2)
@@ -209,8 +210,6 @@ def test_edits_of_text_rows_act_in_the_same_layers(method):
 
     rendering = {"frozen": LAYERS} if method.id == "shortv" else {}
     if not rendering:
-        from tests.reference.compute import split_rows
-
         rendering = {"see": split_rows(prompts, LAYERS, lambda sample, query, key: False)}
     equals_rendering(zoo, inputs, [method, LeaveImage()], prompts, weigh=weigh, **rendering)
 
@@ -254,6 +253,44 @@ def test_layers_freeze_what_a_reduction_left():
     assert len(index) == 8
     entered = states[3][index[:, 0], index[:, 1]]
     assert all((states[4] == state).all(dim=-1).any() for state in entered)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "shortv(layers=(1, 3))",
+        "naavit(vv='self')",
+        "yopo(window=3, heads={2: [0]}, layer_cut=3)",
+        "pbs(threshold=0.3, block=2, segment=4)",
+        "a-shape(sink=2, window=4, last_rows=3)",
+    ],
+)
+def test_tokens_that_are_hidden_or_removed_come_to_the_same(method, family):
+    zoo = build(family)
+    inputs = zoo.inputs(batch=2, images=[2, 1])
+    logits = [answer(zoo, inputs, f"fastv(keep=4, mode='{mode}')", method)[1] for mode in ("prune", "mask")]
+    torch.testing.assert_close(*logits, atol=2e-5, rtol=0)
+
+
+def test_methods_share_a_model_where_their_layers_differ():
+    zoo = build("llava")
+    inputs = zoo.inputs(batch=2)
+    prompts = prompts_of(zoo, inputs)
+    see = split_rows(prompts, (0, 1), lambda sample, query, key: False)
+    both = [ShortV(layers=(2, 3)), NAAViT(layers=(0, 1))]
+    equals_rendering(zoo, inputs, both, prompts, see=see, frozen=(2, 3))
+
+
+def test_keys_and_values_of_frozen_layers_may_be_compressed():
+    zoo = build("llava")
+    inputs = zoo.inputs(batch=2)
+    with lmmhooks.wrap(zoo.model, "shortv(layers=(1, 2))", "vl-cache(alpha=0.3)") as patch:
+        zoo.model.generate(**inputs, max_new_tokens=3, min_new_tokens=3)
+        assert patch.stats.kv_bytes < patch.stats.kv_bytes_full
+        assert patch.stats.flops_saved > 0
+    with pytest.raises(lmmhooks.MethodError, match="reads or edits the attention of visual tokens in layer 1"):
+        lmmhooks.wrap(zoo.model, "shortv(layers=(1, 2))", "look-m")
 
 
 @pytest.mark.parametrize(
