@@ -221,6 +221,25 @@ class Family(ModelInputs, LayerParts, SmallerImages):
             raise ModelError(f"{type(self.model).__name__} does not turn single patches into tokens")
         return self.projector(features)
 
+    def token_logits(self, states: Tensor) -> Tensor:
+        """
+        What the model's head makes of states, as it does of its last ones.
+
+        Parameters
+        ----------
+        states
+            ``[..., D]``, after the final norm or as a method wants them.
+
+        Returns
+        -------
+        Tensor
+            float32 ``[..., vocabulary]``.
+        """
+        weight = next(self.lm_head.parameters())
+        logits = self.lm_head(states if weight.is_meta else states.to(weight.device)).float()
+        cap = getattr(self.text_config, "final_logit_softcapping", None)
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
     def describe(self) -> dict[str, Any]:
         """Facts about the model that fit into JSON."""
         return {

@@ -42,13 +42,16 @@ def assemble(runtime: Runtime, methods: Sequence[Method]) -> None:
     """Attach what these methods need to the model of a runtime, and nothing else."""
     attach = runtime.attachments
     reducers = _of_kind(methods, ReductionMethod)
-    if branching := _of_kind(methods, DecodingMethod):
-        BranchEngine(runtime, branching).attach(attach)
+    branching = BranchEngine(runtime, decoders) if (decoders := _of_kind(methods, DecodingMethod)) else None
+    if branching is not None:
+        branching.attach(attach)
     runtime.follow(attach)
     if injecting := _of_kind(methods, InjectionMethod):
         InjectionEngine(runtime, injecting).attach(attach)
     edits, steers = _of_kind(methods, AttentionMethod), _of_kind(methods, SteeringMethod)
     runtime.row_keepers = [m for m in edits if type(m).select_rows is not AttentionMethod.select_rows]
+    if branching is not None and branching.reader.keeps_rows:
+        runtime.row_keepers.append(branching.reader)
     if runtime.row_keepers:
         attach.attribute(runtime.family.model, "_reorder_cache", runtime.reorder_cache, "model._reorder_cache")
     preparer = PromptPreparer(runtime, [*edits, *steers])
@@ -65,10 +68,18 @@ def assemble(runtime: Runtime, methods: Sequence[Method]) -> None:
     # Before the steering engine: what it sees of a feed-forward part has the length of the prompt.
     compute = ComputeEngine(runtime, _of_kind(methods, ComputeMethod))
     compute.attach(attach)
+    if branching is not None:
+        # After whatever shortens the sequence: states are counted from its end.
+        branching.reader.attach(attach)
     AttentionEngine(
         runtime,
         edits,
-        [*runtime.probes, *reduction.decoder_probes, *(caching.decoder_probes if caching else ())],
+        [
+            *runtime.probes,
+            *reduction.decoder_probes,
+            *(caching.decoder_probes if caching else ()),
+            *(branching.reader.probes if branching else ()),
+        ],
         [*preparer.vision_probes, *reduction.vision_probes],
         reduction.peeked,
         compute,

@@ -65,7 +65,8 @@ class AttentionEngine:
                 self.readers[layer].append(RowReader(rows, partial(self._watch, method, layer), edited=False))
             self.listened.update(watched_beforehand(method, family))
         for probe in decoder_probes:
-            self.readers[probe.layer].append(RowReader(probe.rows, probe.hears or _weights_only(probe.receive)))
+            receive = probe.hears or _weights_only(probe.receive)
+            self.readers[probe.layer].append(RowReader(probe.rows, receive, on_decode=probe.on_decode))
         for seen in vision_probes:
             # A reducer and an attention method may ask for the same signal.
             if seen not in self.vision_probes[seen.layer]:
@@ -120,7 +121,7 @@ class AttentionEngine:
         if self.compute is not None:
             call = self.compute.answering(layer, state, call)
         methods = [m for m in self.edits[layer] if (state.is_prefill or m.on_decode) and m.edits]
-        readers = self.readers[layer] if state.is_prefill else []
+        readers = [reader for reader in self.readers[layer] if state.is_prefill or reader.on_decode]
         if not (methods or readers):
             return call.run_base()
         stage = state.stage_at(layer)

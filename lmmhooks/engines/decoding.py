@@ -24,6 +24,7 @@ from lmmhooks.engines.branch_cache import BranchCache, refuse_static
 from lmmhooks.engines.branch_vision import BranchEncoder
 from lmmhooks.engines.branches import PromptStacker, StackedPrompt
 from lmmhooks.engines.lazy_branches import LazyBranches
+from lmmhooks.engines.step_reading import StepReader
 from lmmhooks.errors import MethodError, PromptError
 from lmmhooks.methods.decoding.base import DecodingMethod
 
@@ -75,6 +76,7 @@ class BranchEngine:
         self.lazy = self.method.lazy and bool(self.branches)
         self.encoder = BranchEncoder(runtime, self.method, self.branches, put_off=self.lazy)
         self.stacker = PromptStacker(runtime, self.method, self.branches, self.encoder)
+        self.reader = StepReader(runtime, self.method)
         self._names = list(inspect.signature(self.family.model.forward).parameters)
         self._call: _Call | None = None
         self._uncached: tuple[Tensor, int] | None = None
@@ -109,6 +111,10 @@ class BranchEngine:
             as_tuple=not (self.family.model.config.return_dict if returns_dict is None else returns_dict),
         )
         kwargs["return_dict"] = True
+        self.reader.begin()
+        if self.reader.probes and not call.logits_to_keep:
+            # Attention is read at the newest token alone.
+            call.logits_to_keep = kwargs["logits_to_keep"] = 1
         cache = kwargs.get("past_key_values")
         if cache is not None and self.branches:
             # Before anything reads the mask, which generate() has already shaped for such a cache.
@@ -257,6 +263,7 @@ class BranchEngine:
         logits = output.logits.float().unflatten(0, (call.blocks, call.rows))
         main, others = logits[0], list(logits[1:])
         grown = state.grown if call.generated is None else call.generated
+        self.reader.keep_image(call.rows)
         if call.lazy is None:
             combined = self._combine(main, others, grown)
             state.branch_steps = 1.0 if self.branches else None
@@ -270,10 +277,11 @@ class BranchEngine:
         """``[B, k, vocabulary]``; the last of the k positions predicts generated token number ``grown``."""
         num = main.shape[1]
         steps = [max(grown - (num - 1 - i), 0) for i in range(num)]
-        return torch.stack(
-            [self.method.combine(main[:, i], [other[:, i] for other in others], step) for i, step in enumerate(steps)],
-            dim=1,
-        )
+        combined = []
+        for i, step in enumerate(steps):
+            view = self.reader.view(main.shape[0], i - num)
+            combined.append(self.method.combine(main[:, i], [other[:, i] for other in others], step, view))
+        return torch.stack(combined, dim=1)
 
     def _combine_lazily(self, call: _Call, lazy: LazyBranches, main: Tensor, grown: int) -> Tensor:
         lazy.steps += 1

@@ -43,11 +43,14 @@ class RowReader:
         the rows' indices ``[B, R]`` and the call they belong to; once per block of rows.
     edited
         Whether it reads weights after the edits of the methods, or those the model would have without them.
+    on_decode
+        Whether it reads tokens that continue the prompt too.
     """
 
     rows: str
     receive: Callable[[Tensor, Tensor, Tensor, Edit], None]
     edited: bool = True
+    on_decode: bool = False
 
 
 @dataclass

@@ -29,12 +29,15 @@ class DecoderProbe:
         Called with weights ``[B, H, R, N]`` float32 and ``[B, R]`` bool that is False for filler rows.
     hears
         Called instead, with the rows' indices ``[B, R]`` and the call besides (see `RowReader`).
+    on_decode
+        Read tokens that continue the prompt too; there, rows are all new tokens.
     """
 
     layer: int
     rows: str
     receive: Callable[[Tensor, Tensor], None] | None = None
     hears: Callable[[Tensor, Tensor, Tensor, Edit], None] | None = None
+    on_decode: bool = False
 
 
 @dataclass(frozen=True)

@@ -24,11 +24,10 @@ from lmmhooks.engines.attach import Attachments
 from lmmhooks.engines.backend import AttentionCall, AttentionResult
 from lmmhooks.engines.branch_cache import BranchCache
 from lmmhooks.engines.probes import DecoderProbe
-from lmmhooks.engines.state import PromptState
+from lmmhooks.engines.state import PromptState, RowKeeper
 from lmmhooks.errors import MethodError, PromptError
 from lmmhooks.family import Family, VisionInputs
 from lmmhooks.layout import Layout, build_layout
-from lmmhooks.methods.attention.base import AttentionMethod
 from lmmhooks.methods.base import Method
 from lmmhooks.vision import ENCODERS
 
@@ -67,7 +66,7 @@ class Runtime:
         """Runs the encoder instead of a plain call: decoding branches encode several variants of an image at once."""
         self.listeners: Mapping[int, Callable[[AttentionCall], AttentionResult]] = {}
         """Decoder layers whose attention calls somebody answers while no prompt is followed."""
-        self.row_keepers: list[AttentionMethod] = []
+        self.row_keepers: list[RowKeeper] = []
         """Methods that keep something about generated tokens, which must go with the rows of the cache."""
         self.prepared: tuple[Layout, list[VisionInputs]] | None = None
         """Layout and encoder calls of the coming prompt, from an engine that made its rows itself."""

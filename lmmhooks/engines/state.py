@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from lmmhooks.engines.rows import RowPlan, all_rows, plan_rows
 from lmmhooks.errors import PromptError
 from lmmhooks.layout import Layout
 
-__all__ = ["Pressed", "PromptState", "Stage"]
+__all__ = ["Pressed", "PromptState", "RowKeeper", "Stage"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,6 +128,13 @@ def select_rows(layout: Layout, name: str) -> Tensor:
 def _last_rows(rows: Tensor, num: int) -> Tensor:
     """The last of some rows ``[B, N]`` of each sample, whose number of them is its own."""
     return rows & (rows.flip(1).cumsum(dim=1).flip(1) <= num)
+
+
+class RowKeeper(Protocol):
+    """Keeps something per row of the cache in its memory of a prompt."""
+
+    def select_rows(self, rows: Tensor, memory: dict[Any, Any]) -> None:
+        """Go on with these rows."""
 
 
 class PromptState:

@@ -18,6 +18,7 @@ from lmmhooks.family import resolve
 from lmmhooks.methods.attention.var import Var
 from lmmhooks.methods.decoding.base import Branch, DecodingMethod
 from lmmhooks.methods.decoding.vcd import Vcd
+from lmmhooks.methods.decoding.view import StepView
 from tests.reference.decoding import NaiveBranches, naive_generate, noised_inputs, without_image
 from tests.zoo import FAMILIES, build
 
@@ -35,7 +36,7 @@ class NoImage(DecodingMethod):
     def branches(self, family: Any) -> list[Branch]:
         return [Branch("text", image="none")]
 
-    def weights(self, main: Tensor, others: Sequence[Tensor], step: int) -> Sequence[float]:
+    def weights(self, main: Tensor, others: Sequence[Tensor], step: int, view: StepView) -> Sequence[float]:
         return [1.5 + step, -0.5 - step]
 
 
@@ -51,7 +52,7 @@ class Edited(DecodingMethod):
     def edit_tokens(self, tokens: Tensor, branch: Branch, family: Any) -> Tensor:
         return torch.cat([tokens[:-1], tokens.new_tensor([11, 12]), tokens[-1:]])
 
-    def weights(self, main: Tensor, others: Sequence[Tensor], step: int) -> Sequence[float]:
+    def weights(self, main: Tensor, others: Sequence[Tensor], step: int, view: StepView) -> Sequence[float]:
         return [2.0, -0.75, -0.25]
 
 
@@ -68,7 +69,7 @@ class Several(DecodingMethod):
     def transform_pixels(self, pixels: Tensor, branch: Branch, generator: torch.Generator) -> Tensor:
         return pixels + torch.randn(pixels.shape, generator=generator)
 
-    def weights(self, main: Tensor, others: Sequence[Tensor], step: int) -> Sequence[float]:
+    def weights(self, main: Tensor, others: Sequence[Tensor], step: int, view: StepView) -> Sequence[float]:
         return [1.0, -0.5, 0.5, 0.75, -0.75]
 
 
@@ -76,7 +77,7 @@ def weighted(method: DecodingMethod) -> Any:
     """The formula of a method without plausibility cut, for one row."""
 
     def combine(main: Tensor, others: list[Tensor], step: int) -> Tensor:
-        weights = method.weights(main, others, step)
+        weights = method.weights(main, others, step, None)
         return sum(weight * logits for weight, logits in zip(weights, [main, *others], strict=True))
 
     return combine

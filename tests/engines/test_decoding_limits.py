@@ -20,6 +20,7 @@ from lmmhooks.family import resolve
 from lmmhooks.methods.decoding.base import Branch, DecodingMethod
 from lmmhooks.methods.decoding.identity import DecodingIdentity
 from lmmhooks.methods.decoding.vcd import Vcd
+from lmmhooks.methods.decoding.view import StepView
 from lmmhooks.vision import VisionInputs
 from tests.zoo import FAMILIES, VIDEO_FAMILIES, build
 
@@ -37,7 +38,7 @@ class Broken(DecodingMethod):
     def transform_pixels(self, pixels: Tensor, branch: Branch, generator: torch.Generator) -> Tensor:
         return pixels[..., 1:]
 
-    def weights(self, main: Tensor, others: Sequence[Tensor], step: int) -> Sequence[float]:
+    def weights(self, main: Tensor, others: Sequence[Tensor], step: int, view: StepView) -> Sequence[float]:
         raise RuntimeError("on purpose")
 
 

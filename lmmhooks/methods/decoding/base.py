@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from lmmhooks.methods.decoding.view import StepView
+
 __all__ = ["Branch", "DecodingMethod", "contrast", "plausible"]
 
 IMAGES = ("same", "pixels", "none")
@@ -135,7 +137,7 @@ class DecodingMethod(Method):
         """Branches beside the main one; the order is that of ``others`` in `weights` and `combine`."""
         return []
 
-    def weights(self, main: Tensor, others: Sequence[Tensor], step: int) -> Sequence[float | Tensor]:
+    def weights(self, main: Tensor, others: Sequence[Tensor], step: int, view: StepView) -> Sequence[float | Tensor]:
         """
         Weights of the formula, main branch first; called only when there are branches.
 
@@ -145,6 +147,8 @@ class DecodingMethod(Method):
             Raw float32 logits ``[B, vocabulary]``.
         step
             0 for the first generated token.
+        view
+            As in `combine`.
 
         Returns
         -------
@@ -153,11 +157,35 @@ class DecodingMethod(Method):
         """
         raise NotImplementedError
 
+    def reads(self, family: Any) -> Sequence[int]:
+        """Inputs of decoder layers at the newest token that `combine` looks at; ``num_layers``: the normed output."""
+        return ()
+
+    def reads_attention(self, family: Any) -> Sequence[int]:
+        """Decoder layers whose attention of the newest token `combine` looks at."""
+        return ()
+
+    def reads_image(self, family: Any) -> Sequence[int]:
+        """As `reads`, at the visual tokens of the prompt, kept for all steps."""
+        return ()
+
+    def select_rows(self, rows: Tensor, memory: dict[Any, Any]) -> None:
+        """
+        The batch goes on with these of its rows (beam search): reorder what ``view.memory`` holds per row.
+
+        Parameters
+        ----------
+        rows
+            ``[B]`` long.
+        memory
+            That of the prompt.
+        """
+
     def keep(self, main: Tensor) -> Tensor | None:
         """Tokens that may be chosen, bool ``[B, vocabulary]``, from the raw main logits; None for all."""
         return plausible(main, self.beta)
 
-    def combine(self, main: Tensor, others: Sequence[Tensor], step: int) -> Tensor:
+    def combine(self, main: Tensor, others: Sequence[Tensor], step: int, view: StepView) -> Tensor:
         """
         Logits that ``generate`` sees; override it only for a method that is no weighted sum.
 
@@ -165,13 +193,15 @@ class DecodingMethod(Method):
         ----------
         main, others, step
             As in `weights`; ``others`` is empty for methods without branches.
+        view
+            What `reads`, `reads_attention` and `reads_image` asked for, and the method's memory of this prompt.
 
         Returns
         -------
         Tensor
             float32 ``[B, vocabulary]``, at least one finite entry per row.
         """
-        weights = self.weights(main, others, step) if others else [1.0]
+        weights = self.weights(main, others, step, view) if others else [1.0]
         return contrast([main, *others], weights, self.keep(main))
 
     def transform_pixels(self, pixels: Tensor, branch: Branch, generator: torch.Generator) -> Tensor:

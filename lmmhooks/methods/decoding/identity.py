@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lmmhooks.methods.base import setting
 from lmmhooks.methods.decoding.base import Branch, DecodingMethod
+from lmmhooks.methods.decoding.view import StepView
 
 __all__ = ["DecodingIdentity"]
 
@@ -33,5 +34,5 @@ class DecodingIdentity(DecodingMethod):
     def branches(self, family: Any) -> list[Branch]:
         return [Branch("copy")] if self.stacked else []
 
-    def combine(self, main: Tensor, others: Sequence[Tensor], step: int) -> Tensor:
-        return super().combine(main, [], step)
+    def combine(self, main: Tensor, others: Sequence[Tensor], step: int, view: StepView) -> Tensor:
+        return super().combine(main, [], step, view)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lmmhooks.methods.base import setting
 from lmmhooks.methods.decoding.base import Branch, DecodingMethod
+from lmmhooks.methods.decoding.view import StepView
 
 __all__ = ["PaiGuidance"]
 
@@ -48,5 +49,5 @@ class PaiGuidance(DecodingMethod):
     def branches(self, family: Any) -> list[Branch]:
         return [Branch("text", image="none")]
 
-    def weights(self, main: Tensor, others: Sequence[Tensor], step: int) -> Sequence[float]:
+    def weights(self, main: Tensor, others: Sequence[Tensor], step: int, view: StepView) -> Sequence[float]:
         return [self.gamma, 1 - self.gamma]

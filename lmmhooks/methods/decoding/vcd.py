@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lmmhooks.methods.base import setting
 from lmmhooks.methods.decoding.base import Branch, DecodingMethod
+from lmmhooks.methods.decoding.view import StepView
 
 __all__ = ["Vcd", "add_noise", "signal_levels"]
 
@@ -89,7 +90,7 @@ class Vcd(DecodingMethod):
     def branches(self, family: Any) -> list[Branch]:
         return [Branch("noised", image="pixels")] if self.alpha else []
 
-    def weights(self, main: Tensor, others: Sequence[Tensor], step: int) -> Sequence[float]:
+    def weights(self, main: Tensor, others: Sequence[Tensor], step: int, view: StepView) -> Sequence[float]:
         return [1 + self.alpha, -self.alpha]
 
     def transform_pixels(self, pixels: Tensor, branch: Branch, generator: torch.Generator) -> Tensor:
