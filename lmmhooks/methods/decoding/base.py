@@ -20,11 +20,13 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from lmmhooks.methods.decoding.view import StepView
+    from lmmhooks.methods.decoding.context import BranchContext
+    from lmmhooks.methods.decoding.view import BranchAttention, ImageView, StepView
+    from lmmhooks.methods.probe import Probe
 
 __all__ = ["Branch", "DecodingMethod", "contrast", "plausible"]
 
-IMAGES = ("same", "pixels", "none")
+IMAGES = ("same", "pixels", "features", "replaced", "none")
 TEXTS = ("same", "edited")
 
 
@@ -79,15 +81,21 @@ class Branch:
         Unique within the method.
     image
         ``"same"``: the main branch's visual tokens; ``"pixels"``: as many tokens, features of the pixels that
-        `DecodingMethod.transform_pixels` returns; ``"none"``: visual tokens, and the tokens that open and close an
-        image, are left out of the prompt.
+        `DecodingMethod.transform_pixels` returns; ``"features"``: as many tokens, those that
+        `DecodingMethod.transform_features` makes of the main branch's; ``"replaced"``: what
+        `DecodingMethod.replace_image` puts in the image's place, read at plain text positions; ``"none"``: visual
+        tokens, and the tokens that open and close an image, are left out of the prompt.
     text
         ``"same"``, or ``"edited"``: the prompt that `DecodingMethod.edit_tokens` returns.
+    after_main
+        What the branch shows depends on what the main branch attended to (`DecodingMethod.reads_prompt`), so it reads
+        the prompt after it; decode steps are one forward of all branches none the less.
     """
 
     name: str
     image: str = "same"
     text: str = "same"
+    after_main: bool = False
 
     def __post_init__(self) -> None:
         if self.image not in IMAGES or self.text not in TEXTS:
@@ -95,11 +103,20 @@ class Branch:
                 f"branch {self.name!r}: image={self.image!r} must be one of {', '.join(IMAGES)}, "
                 f"text={self.text!r} one of {', '.join(TEXTS)}"
             )
+        if self.image == "replaced" and self.text == "edited":
+            raise ValueError(f"branch {self.name!r}: text around an image that is replaced cannot be edited as well")
+        if self.after_main and not (self.same_tokens and self.needs_image):
+            raise ValueError(f"branch {self.name!r}: after_main is for branches that show other pixels or features")
 
     @property
     def same_tokens(self) -> bool:
         """Whether its prompts are token by token those of the main branch."""
-        return self.image != "none" and self.text == "same"
+        return self.image not in ("none", "replaced") and self.text == "same"
+
+    @property
+    def needs_image(self) -> bool:
+        """Whether it says nothing about a prompt without image."""
+        return self.image in ("pixels", "features", "replaced")
 
 
 @dataclass(frozen=True)
@@ -132,6 +149,20 @@ class DecodingMethod(Method):
         if self.lazy_allowed:
             allowed = f"False without a plausibility cut (beta={self.beta}), for no step is decided by the cut then"
         self._require(not self.lazy or (self.lazy_allowed and self.beta > 0), "lazy", allowed)
+
+    @property
+    def needs_tokenizer(self) -> bool:
+        """Whether these settings read or write text: without a processor ``wrap`` refuses the method then."""
+        return False
+
+    def main_branch(self, family: Any) -> Branch:
+        """
+        How the main rows read the prompt: as given, unless a method edits their text.
+
+        ``Branch(..., text="edited")``: `edit_tokens` makes the prompt of the main rows too, and the edited prompt is
+        what ``generate`` continues. Such a method cannot be lazy.
+        """
+        return Branch("main")
 
     def branches(self, family: Any) -> list[Branch]:
         """Branches beside the main one; the order is that of ``others`` in `weights` and `combine`."""
@@ -169,6 +200,36 @@ class DecodingMethod(Method):
         """As `reads`, at the visual tokens of the prompt, kept for all steps."""
         return ()
 
+    def reads_prompt(self, family: Any) -> Sequence[int]:
+        """Decoder layers whose attention of the last prompt token `ImageView.attention` holds; for ``after_main``."""
+        return ()
+
+    def probes(self, family: Any) -> Sequence[Probe]:
+        """Signals of the vision tower that `ImageView.readings` holds."""
+        return ()
+
+    def branch_layers(self, family: Any) -> Sequence[int]:
+        """Decoder layers in which `attend` answers for the rows of branches."""
+        return ()
+
+    def attend(self, call: BranchAttention, branch: Branch) -> Tensor | None:
+        """
+        Attention of the rows of a branch in one of `branch_layers`; the main rows keep the model's own.
+
+        Parameters
+        ----------
+        call
+            Queries, keys and values of these rows alone, and what is known about them.
+        branch
+            Which branch.
+
+        Returns
+        -------
+        Tensor or None
+            ``[B, H, Nq, d]``; None for what the model's own function makes of it.
+        """
+        raise NotImplementedError
+
     def select_rows(self, rows: Tensor, memory: dict[Any, Any]) -> None:
         """
         The batch goes on with these of its rows (beam search): reorder what ``view.memory`` holds per row.
@@ -204,7 +265,9 @@ class DecodingMethod(Method):
         weights = self.weights(main, others, step, view) if others else [1.0]
         return contrast([main, *others], weights, self.keep(main))
 
-    def transform_pixels(self, pixels: Tensor, branch: Branch, generator: torch.Generator) -> Tensor:
+    def transform_pixels(
+        self, pixels: Tensor, branch: Branch, generator: torch.Generator, context: BranchContext
+    ) -> Tensor:
         """
         Pixels of one image for a branch with ``image="pixels"``.
 
@@ -217,6 +280,8 @@ class DecodingMethod(Method):
             Which branch.
         generator
             On the CPU, seeded by the method's ``seed`` and the pixels: an image gets the same numbers in any batch.
+        context
+            Knows by what pixels are normalised, and keeps notes.
 
         Returns
         -------
@@ -225,7 +290,49 @@ class DecodingMethod(Method):
         """
         raise NotImplementedError
 
-    def edit_tokens(self, tokens: Tensor, branch: Branch, family: Any) -> Tensor:
+    def transform_features(
+        self, features: tuple[Tensor, ...], branch: Branch, image: ImageView
+    ) -> tuple[Tensor, ...]:
+        """
+        Visual tokens of one image for a branch with ``image="features"``.
+
+        Parameters
+        ----------
+        features
+            Each ``[n, D]`` in sequence order: what enters the decoder at the visual tokens, then one tensor per
+            deepstack layer. Not to be changed in place.
+        branch
+            Which branch.
+        image
+            What else is known about the image.
+
+        Returns
+        -------
+        tuple of Tensor
+            As many, of the same shapes.
+        """
+        raise NotImplementedError
+
+    def replace_image(
+        self, features: tuple[Tensor, ...], branch: Branch, image: ImageView
+    ) -> tuple[Tensor, ...] | Tensor:
+        """
+        What stands in the place of one image in a branch with ``image="replaced"``.
+
+        Parameters
+        ----------
+        features, branch, image
+            As in `transform_features`.
+
+        Returns
+        -------
+        tuple of Tensor, or Tensor
+            Visual tokens, each ``[k, D]`` with ``k >= 1``, as many tensors as ``features``; or ids of text, long
+            ``[k]``, which also take the place of the tokens that open and close an image.
+        """
+        raise NotImplementedError
+
+    def edit_tokens(self, tokens: Tensor, branch: Branch, context: BranchContext) -> Tensor:
         """
         Prompt of one row for a branch with ``text="edited"``.
 
@@ -235,8 +342,8 @@ class DecodingMethod(Method):
             Long ``[n]`` without padding; visual tokens are already gone in a branch with ``image="none"``.
         branch
             Which branch.
-        family
-            The model family.
+        context
+            Knows family, tokenizer and row, and the memory of the prompt.
 
         Returns
         -------
