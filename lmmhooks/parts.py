@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 from .errors import ModelError
 
@@ -11,6 +11,18 @@ __all__ = ["LayerParts"]
 
 class LayerParts:
     """Base of `lmmhooks.family.Family`: the parts of one decoder or vision layer."""
+
+    @staticmethod
+    def apply(module: nn.Module, states: Tensor) -> Tensor:
+        """
+        What a part of the model makes of states that are not its own, on the device of its weights.
+
+        Hooks on the part are passed by: they belong to the forward that the model itself runs.
+        """
+        weight = next(module.parameters())
+        # Where accelerate loads weights on demand, forward is already the function that moves its inputs.
+        output: Tensor = module.forward(states if weight.is_meta else states.to(weight.device))
+        return output
 
     @staticmethod
     def attention_of(layer: nn.Module) -> nn.Module:

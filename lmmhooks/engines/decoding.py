@@ -75,7 +75,14 @@ class BranchEngine:
         self.branches = self.method.branches(self.family)
         self.lazy = self.method.lazy and bool(self.branches)
         self.encoder = BranchEncoder(runtime, self.method, self.branches, put_off=self.lazy)
+        if self.method.needs_tokenizer and runtime.tokenizer is None:
+            raise MethodError(
+                f"{self.method.id} reads or writes text with these settings, which needs the model's tokenizer; "
+                "give its processor to wrap(model, ..., processor=processor)"
+            )
         self.stacker = PromptStacker(runtime, self.method, self.branches, self.encoder)
+        # Main rows whose text is edited are made here as well, and described by a cache of their own.
+        self.stacks = bool(self.branches) or not self.stacker.main.same_tokens
         self.reader = StepReader(runtime, self.method)
         self._names = list(inspect.signature(self.family.model.forward).parameters)
         self._call: _Call | None = None
@@ -85,7 +92,7 @@ class BranchEngine:
 
     def attach(self, attachments: Attachments) -> None:
         """Hook the model; must come before the hooks that follow prompts, which are to see the stacked rows."""
-        if self.branches:
+        if self.stacks:
             attachments.attribute(self.runtime, "encoder_hook", self.encoder, "encoder of the branches")
         attachments.pre_hook(self.family.model, self._enter, "branches of the model")
         attachments.hook(self.family.model, self._leave, "branches of the model", always=True)
@@ -96,6 +103,7 @@ class BranchEngine:
         if self._inside:
             return None
         kwargs = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        self.stacker.memory, self.stacker.notes = {}, []
         if kwargs.get("labels") is not None:
             raise PromptError(
                 f"labels were given, but {self.method.id} defines next-token logits for generation and has no training "
@@ -111,15 +119,13 @@ class BranchEngine:
             as_tuple=not (self.family.model.config.return_dict if returns_dict is None else returns_dict),
         )
         kwargs["return_dict"] = True
-        self.reader.begin()
-        if self.reader.probes and not call.logits_to_keep:
-            # Attention is read at the newest token alone.
-            call.logits_to_keep = kwargs["logits_to_keep"] = 1
         cache = kwargs.get("past_key_values")
-        if cache is not None and self.branches:
+        if self.reader.reads:
+            self._limit_positions(call, kwargs, is_prompt=cache is None or not cache.get_seq_length())
+        if cache is not None and self.stacks:
             # Before anything reads the mask, which generate() has already shaped for such a cache.
             refuse_static(cache)
-        if not self.branches:
+        if not self.stacks:
             pass
         elif cache is not None and cache.get_seq_length():
             kwargs = self._continue(call, cache, kwargs)
@@ -127,6 +133,17 @@ class BranchEngine:
             kwargs = self._begin(call, kwargs)
         self._call = call
         return (), kwargs
+
+    def _limit_positions(self, call: _Call, kwargs: dict[str, Any], is_prompt: bool) -> None:
+        """The decoder is read at the newest token, or at as many of the last ones as the caller wants."""
+        if isinstance(call.logits_to_keep, Tensor) or (is_prompt and self.reader.probes and call.logits_to_keep > 1):
+            raise PromptError(
+                f"logits_to_keep={call.logits_to_keep!r} asks for positions of the prompt at which {self.method.id} "
+                "does not read the decoder; leave it out, and generate without drafts that come with the prompt "
+                "(prompt_lookup_num_tokens, assistant_model)"
+            )
+        call.logits_to_keep = kwargs["logits_to_keep"] = max(call.logits_to_keep, 1)
+        self.reader.begin(call.rows, call.logits_to_keep)
 
     def _begin(self, call: _Call, given: dict[str, Any]) -> dict[str, Any]:
         """Arguments of the forward that reads the prompt."""
@@ -236,11 +253,11 @@ class BranchEngine:
     def _run(self, kwargs: dict[str, Any]) -> Tensor:
         """A forward of the branch rows alone, inside the forward of the caller."""
         newest = self.runtime.last
-        self._inside = True
+        self._inside, self.reader.listening = True, False
         try:
             logits: Tensor = self.family.model(**{**kwargs, "use_cache": True, "return_dict": True}).logits
         finally:
-            self._inside = False
+            self._inside, self.reader.listening = False, True
             self.runtime.last = newest
         return logits.float()
 
@@ -263,23 +280,32 @@ class BranchEngine:
         logits = output.logits.float().unflatten(0, (call.blocks, call.rows))
         main, others = logits[0], list(logits[1:])
         grown = state.grown if call.generated is None else call.generated
-        self.reader.keep_image(call.rows)
         if call.lazy is None:
             combined = self._combine(main, others, grown)
             state.branch_steps = 1.0 if self.branches else None
         else:
             combined = self._combine_lazily(call, call.lazy, main, grown)
             state.branch_steps = call.lazy.steps_run / call.lazy.steps
+        self.reader.end()
         result = self._main_rows(output, combined, call)
         return result.to_tuple() if call.as_tuple else result
 
+    def _remember(self) -> None:
+        """Hand what the method kept while the prompt was stacked over to the state of that prompt."""
+        state = self.runtime.last
+        assert state is not None
+        state.memory(self.method).update(self.stacker.memory)
+        state.notes += self.stacker.notes
+        self.stacker.memory, self.stacker.notes = {}, []
+
     def _combine(self, main: Tensor, others: Sequence[Tensor], grown: int) -> Tensor:
         """``[B, k, vocabulary]``; the last of the k positions predicts generated token number ``grown``."""
+        self._remember()
         num = main.shape[1]
         steps = [max(grown - (num - 1 - i), 0) for i in range(num)]
         combined = []
         for i, step in enumerate(steps):
-            view = self.reader.view(main.shape[0], i - num)
+            view = self.reader.view(i - num)
             combined.append(self.method.combine(main[:, i], [other[:, i] for other in others], step, view))
         return torch.stack(combined, dim=1)
 

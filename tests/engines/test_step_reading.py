@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import lmmhooks
+from lmmhooks.errors import PromptError
 from lmmhooks.family import resolve
 from lmmhooks.methods.decoding.base import Branch, DecodingMethod
 from lmmhooks.methods.decoding.view import StepView
@@ -92,10 +93,10 @@ def test_states_at_the_newest_token_and_at_the_image_are_those_of_a_forward_with
         for layer in (0, 2, DEPTH):
             torch.testing.assert_close(view.states[layer], expected[layer][:, -1], atol=TOLERANCE, rtol=0)
         prompt = states_of(zoo, inputs, answer[:, :0])
-        assert torch.equal(view.is_visual.sum(dim=1), visual.sum(dim=1))
         for layer in (1, DEPTH):
+            assert torch.equal(view.is_visual[layer].sum(dim=1), visual.sum(dim=1))
             for row in range(2):
-                own = view.visual[layer][row, view.is_visual[row]]
+                own = view.visual[layer][row, view.is_visual[layer][row]]
                 torch.testing.assert_close(own, prompt[layer][row, visual[row]], atol=TOLERANCE, rtol=0)
 
 
@@ -177,3 +178,112 @@ def test_nothing_is_hooked_for_a_method_that_reads_nothing():
     zoo = build("llava")
     with lmmhooks.wrap(zoo.model, "vcd") as patch:
         assert not any("(read)" in entry for entry in patch.attached)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen3_vl"])
+@pytest.mark.parametrize("reducer", ["fastervlm(keep=4)", "fastv(keep=4)"])
+def test_image_states_behind_a_reduction_are_those_of_the_tokens_that_are_left(name, reducer):
+    """Layers before the cut show all tokens; the final norm shows the whole prompt again, of which the rest is gone."""
+    zoo = build(name)
+    inputs = zoo.inputs(batch=2)
+    seen: dict[int, Tensor] = {}
+    normed = resolve(zoo.model).norm
+    method = Looking()
+    with lmmhooks.wrap(zoo.model, reducer, method) as patch:
+        hook = normed.register_forward_hook(lambda module, args, output: seen.setdefault(DEPTH, output))
+        zoo.model.generate(**inputs, max_new_tokens=1, do_sample=False)
+        hook.remove()
+        last = patch._runtime.last.stages[-1]
+    (view,) = method.seen
+    first = 4 if reducer.startswith("fastervlm") else int((inputs["input_ids"][1] == IMAGE).sum())
+    assert int(view.is_visual[1][1].sum()) == first
+    for row in range(2):
+        assert view.is_visual[DEPTH][row].sum() == 4
+        left = last.index[row, last.layout.visual[row]]
+        kept = view.visual[DEPTH][row, view.is_visual[DEPTH][row]]
+        positions = left if seen[DEPTH].shape[1] == inputs["input_ids"].shape[1] else last.layout.visual[row].nonzero()
+        assert torch.equal(kept, seen[DEPTH][row, positions.flatten()])
+
+
+def test_attention_is_read_among_more_rows_than_one_block_holds(monkeypatch):
+    from lmmhooks.engines import editing
+
+    zoo = build("llava")
+    inputs = zoo.inputs(batch=2)
+    seen = []
+    for block in (editing.ROW_BLOCK, 3):
+        monkeypatch.setattr(editing, "ROW_BLOCK", block)
+        method = Looking(attention=(1,))
+        with lmmhooks.wrap(zoo.model, "vaf(enh=1.0, sup=0.5)", method):
+            zoo.model.generate(**inputs, max_new_tokens=1, do_sample=False)
+        seen.append(method.seen[0].rows[1].weights)
+    torch.testing.assert_close(*seen)
+
+
+def test_several_new_tokens_at_once_each_see_what_was_there_before_them():
+    zoo = build("llava")
+    inputs = zoo.inputs(batch=2)
+    new = torch.tensor([[9, 10, 11], [12, 13, 14]])
+    mask = torch.cat([inputs["attention_mask"], torch.ones_like(new)], dim=1)
+    length = mask.shape[1] - 3
+    together, apart = Looking(attention=(1,)), Looking(attention=(1,))
+    with torch.no_grad():
+        with lmmhooks.wrap(zoo.model, together):
+            cache = zoo.model(**inputs).past_key_values
+            zoo.model(input_ids=new, past_key_values=cache, attention_mask=mask, logits_to_keep=3)
+        with lmmhooks.wrap(zoo.model, apart):
+            cache = zoo.model(**inputs).past_key_values
+            for step, token in enumerate(new.split(1, dim=1)):
+                zoo.model(input_ids=token, past_key_values=cache, attention_mask=mask[:, : length + step + 1])
+    assert len(together.seen) == len(apart.seen) == 4
+    for one, other in zip(together.seen, apart.seen, strict=True):
+        torch.testing.assert_close(one.states[2], other.states[2], atol=TOLERANCE, rtol=0)
+        torch.testing.assert_close(one.rows[1].weights, other.rows[1].weights, atol=TOLERANCE, rtol=0)
+        torch.testing.assert_close(one.rows[1].value, other.rows[1].value, atol=TOLERANCE, rtol=0)
+        assert torch.equal(one.rows[1].layout.segment, other.rows[1].layout.segment)
+
+
+def test_the_prompt_is_read_at_its_last_token():
+    zoo = build("llava")
+    inputs = zoo.inputs(batch=2)
+    with torch.no_grad(), lmmhooks.wrap(zoo.model, Looking(attention=(1,))):
+        assert zoo.model(**inputs).logits.shape[1] == 1
+        with pytest.raises(PromptError, match="logits_to_keep=3"):
+            zoo.model(**inputs, logits_to_keep=3)
+    with torch.no_grad(), lmmhooks.wrap(zoo.model, Looking()):
+        assert zoo.model(**inputs, logits_to_keep=3).logits.shape[1] == 3
+        with pytest.raises(PromptError, match="does not read the decoder"):
+            zoo.model(**inputs, logits_to_keep=torch.tensor([0, 1]))
+
+
+def test_branches_that_catch_up_are_not_what_is_seen():
+    zoo = build("llava")
+    inputs = zoo.inputs(batch=2)
+
+    @dataclass(frozen=True)
+    class Lazily(Looking):
+        id: ClassVar[str] = "test-lazily"
+        beta: float = 1e-30  # so low that it decides nothing: branches catch up at every step
+
+    seen = []
+    for lazy in (False, True):
+        method = Lazily(branch=True, lazy=lazy, attention=(1,))
+        with lmmhooks.wrap(zoo.model, method):
+            zoo.model.generate(**inputs, max_new_tokens=STEPS, min_new_tokens=STEPS, do_sample=False)
+        seen.append(method.seen)
+    for eager, late in zip(*seen, strict=True):
+        for layer in (0, 2, DEPTH):
+            torch.testing.assert_close(eager.states[layer], late.states[layer], atol=TOLERANCE, rtol=0)
+        length = late.rows[1].weights.shape[-1]
+        torch.testing.assert_close(eager.rows[1].weights[..., -length:], late.rows[1].weights, atol=TOLERANCE, rtol=0)
+
+
+def test_what_a_step_showed_is_let_go():
+    zoo = build("llava")
+    with lmmhooks.wrap(zoo.model, Looking(attention=(1,))) as patch:
+        zoo.model.generate(**zoo.inputs(), max_new_tokens=2, do_sample=False)
+        (hook,) = [h for h in zoo.model._forward_hooks.values() if getattr(h, "__name__", "") == "_leave"]
+        now = hook.__self__.reader._now
+    assert not now.states
+    assert not now.rows
+    assert patch.attached == []
