@@ -71,6 +71,7 @@ def assemble(runtime: Runtime, methods: Sequence[Method]) -> None:
     if branching is not None:
         # After whatever shortens the sequence: states are counted from its end.
         branching.reader.attach(attach)
+        branching.stacker.shown.readings.attach(attach)
     AttentionEngine(
         runtime,
         edits,
@@ -78,11 +79,16 @@ def assemble(runtime: Runtime, methods: Sequence[Method]) -> None:
             *runtime.probes,
             *reduction.decoder_probes,
             *(caching.decoder_probes if caching else ()),
-            *(branching.reader.probes if branching else ()),
+            *((*branching.reader.probes, *branching.prompt_reader.probes) if branching else ()),
         ],
-        [*preparer.vision_probes, *reduction.vision_probes],
+        [
+            *preparer.vision_probes,
+            *reduction.vision_probes,
+            *(branching.stacker.shown.readings.vision_probes if branching else ()),
+        ],
         reduction.peeked,
         compute,
+        branching.attender if branching else None,
     ).attach(attach)
     SteeringEngine(runtime, steers).attach(attach)
     if inside := _of_kind(reducers, TowerMethod):

@@ -28,8 +28,10 @@ from lmmhooks.errors import ModelError
 from lmmhooks.methods.attention.base import AttentionContext, AttentionMethod
 
 if TYPE_CHECKING:
+    from lmmhooks.engines.branch_attention import BranchAttender
     from lmmhooks.engines.runtime import Runtime
     from lmmhooks.engines.skipping import ComputeEngine
+    from lmmhooks.engines.state import PromptState
     from lmmhooks.family import Family
 
 __all__ = ["AttentionEngine"]
@@ -46,6 +48,7 @@ class AttentionEngine:
         vision_probes: Sequence[VisionProbe] = (),
         listened: Iterable[int] = (),
         compute: ComputeEngine | None = None,
+        branches: BranchAttender | None = None,
     ) -> None:
         self.runtime = runtime
         family = runtime.family
@@ -56,6 +59,7 @@ class AttentionEngine:
         self.listened: set[int] = set(listened)
         """Layers that are read outside the forward that reads the prompt."""
         self.compute = compute
+        self.branches = branches
         for method in methods:
             for layer in method.layers(family):
                 self.edits[layer].append(method)
@@ -76,7 +80,8 @@ class AttentionEngine:
         """Hook everything the methods and probes need; nothing else is touched."""
         family = self.runtime.family
         computed = self.compute.layers if self.compute else ()
-        text_layers = sorted({*self.edits, *self.readers, *self.listened, *computed})
+        branched = self.branches.layers if self.branches else ()
+        text_layers = sorted({*self.edits, *self.readers, *self.listened, *computed, *branched})
         if text_layers:
             _refuse_windows(family, text_layers)
             modules = {layer: family.attention_of(family.layers[layer]) for layer in text_layers}
@@ -118,6 +123,12 @@ class AttentionEngine:
         if state is None:
             listener = self.runtime.listeners.get(layer)
             return listener(call) if listener else call.run_base()
+        result = self._attend_rows(layer, state, call)
+        if self.branches is not None and layer in self.branches.layers:
+            result = self.branches.answer(layer, state, call, result)
+        return result
+
+    def _attend_rows(self, layer: int, state: PromptState, call: AttentionCall) -> AttentionResult:
         if self.compute is not None:
             call = self.compute.answering(layer, state, call)
         methods = [m for m in self.edits[layer] if (state.is_prefill or m.on_decode) and m.edits]

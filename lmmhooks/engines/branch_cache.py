@@ -101,6 +101,21 @@ class BranchCache(DynamicCache):
         new = self.mask.new_ones(self.mask.shape[0], grown + num_new)
         return torch.cat([self.mask, new], dim=1).long(), positions
 
+    def append(self, branches: BranchCache) -> None:
+        """
+        Take in branches that read the same tokens after the rows of this cache, which held the main branch alone.
+
+        The layers stay those of the cache that is viewed, so that whoever holds it sees all rows.
+        """
+        for own, other in zip(self.layers, branches.layers, strict=True):
+            own.keys, own.values = torch.cat([own.keys, other.keys]), torch.cat([own.values, other.values])
+        rows = branches._num_rows
+        positions = branches.next_position
+        self.next_position = torch.cat([positions[..., :rows], positions], dim=-1)
+        self.mask = None if branches.mask is None else torch.cat([branches.mask[:rows], branches.mask])
+        self.num_branches = 1 + branches.num_branches
+        self.follower = None
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(self._in_every_branch(beam_idx))
         self._follow(beam_idx)

@@ -13,7 +13,16 @@ from lmmhooks.errors import PromptError
 from lmmhooks.layout import Layout, VisualSpan
 from lmmhooks.vision import VisionInputs
 
-__all__ = ["entry_order", "grids_of", "left_pad", "position_after", "shift_sources", "tokens_of"]
+__all__ = [
+    "entry_order",
+    "grids_of",
+    "left_pad",
+    "position_after",
+    "replace_images",
+    "shift_sources",
+    "spans_in_order",
+    "tokens_of",
+]
 
 
 def tokens_of(kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
@@ -45,14 +54,15 @@ def grids_of(kwargs: Mapping[str, Any], layout: Layout, visions: Mapping[str, Vi
     for modality, vision in visions.items():
         name = f"{modality}_grid_thw"
         if vision.kwargs.get(name) is not None:
-            sources = [span.source for span in _spans_in_order(layout, modality)]
+            sources = [span.source for span in spans_in_order(layout, modality)]
             grids[name] = vision.kwargs[name][sources]
     if kwargs.get("second_per_grid_ts") is not None:
         grids["second_per_grid_ts"] = kwargs["second_per_grid_ts"]
     return grids
 
 
-def _spans_in_order(layout: Layout, modality: str) -> list[VisualSpan]:
+def spans_in_order(layout: Layout, modality: str) -> list[VisualSpan]:
+    """Images of all rows in the order of their features."""
     # Sources ascend within a row, whereas an image that is masked away has no position to sort by.
     spans = [span for span in layout.spans if span.modality == modality]
     return sorted(spans, key=lambda span: (span.sample, span.source))
@@ -64,7 +74,7 @@ def entry_order(layout: Layout, modality: str, vision: VisionInputs) -> list[int
     starts = [sum(sizes[:image]) for image in range(len(sizes))]
     return [
         starts[span.source] + offset
-        for span in _spans_in_order(layout, modality)
+        for span in spans_in_order(layout, modality)
         for offset in range(sizes[span.source])
     ]
 
@@ -83,3 +93,48 @@ def position_after(positions: Tensor, mask: Tensor) -> Tensor:
     if last.ndim == 2:
         last = torch.cat([last[:1], last[1:].amax(dim=0, keepdim=True).expand(3, -1)])
     return last + 1
+
+
+def replace_images(
+    input_ids: Tensor,
+    mask: Tensor,
+    layout: Layout,
+    runs: Mapping[tuple[str, int, int], tuple[Tensor, bool]],
+    placeholders: Tensor,
+    marks: Tensor,
+) -> list[Tensor]:
+    """
+    Rows with something else in the place of their images.
+
+    Parameters
+    ----------
+    input_ids, mask, layout
+        ``[B, N]`` prompts.
+    runs
+        By modality, row and image: the ids to put there, long ``[k]``, and whether the tokens that open and close the
+        image go too.
+    placeholders
+        Ids that stand for visual features.
+    marks
+        Ids that open and close an image.
+
+    Returns
+    -------
+    list of Tensor
+        Long ``[n_b]`` without padding; a row without images as it was.
+    """
+    rows = []
+    for sample, (ids, valid) in enumerate(zip(input_ids, mask, strict=True)):
+        spans = [span for span in layout.spans_of(sample) if len(span)]
+        keep = valid & ~torch.isin(ids, placeholders)
+        for span in spans:
+            if runs[span.modality, sample, span.source][1]:
+                # A video may have marks around each of its frames.
+                around = slice(max(span.start - 1, 0), span.stop + 1)
+                keep[around] &= ~torch.isin(ids[around], marks)
+        pieces, cursor = [], 0
+        for span in spans:
+            pieces += [ids[cursor : span.start][keep[cursor : span.start]], runs[span.modality, sample, span.source][0]]
+            cursor = span.start
+        rows.append(torch.cat([*pieces, ids[cursor:][keep[cursor:]]]))
+    return rows

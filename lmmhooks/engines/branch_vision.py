@@ -19,6 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from lmmhooks.errors import MethodError
 from lmmhooks.methods.decoding.base import Branch, DecodingMethod
+from lmmhooks.methods.decoding.context import BranchContext
 from lmmhooks.vision import VisionInputs
 
 if TYPE_CHECKING:
@@ -52,7 +53,9 @@ def with_entries(like: Any, entries: Sequence[Entry]) -> Any:
     pooled = like.pooler_output
     fields: dict[str, Any] = {"pooler_output": features}
     if isinstance(pooled, Tensor):
-        fields["pooler_output"] = torch.cat(features) if pooled.ndim == 2 else torch.stack(features)
+        # Decoders that take a tensor take its rows in order, so that entries of different lengths can be one.
+        even = pooled.ndim > 2 and len({len(entry) for entry in features}) == 1
+        fields["pooler_output"] = torch.stack(features) if even else torch.cat(features)
     if deepstack := getattr(like, "deepstack_features", None):
         layers = [list(layer) for layer in zip(*(entry[1:] for entry in entries), strict=True)]
         fields["deepstack_features"] = (
@@ -96,6 +99,8 @@ class EncodedImages:
         The call that encoded the variants; None while that is put off.
     blocks
         Per branch name, which block of entries of ``joint`` is the branch's; ``""`` for the images as given.
+    notes
+        What the method noted of the variants.
     """
 
     modality: str
@@ -105,6 +110,7 @@ class EncodedImages:
     probes: dict[str, list[Tensor]] = field(default_factory=dict)
     joint: VisionInputs | None = None
     blocks: dict[str, int] = field(default_factory=dict)
+    notes: list[dict[str, Any]] = field(default_factory=list)
 
     def as_given(self, output: Any) -> VisionInputs:
         """The call for the images as given, ``output`` being what it returned, beams expanded or not."""
@@ -193,9 +199,11 @@ class BranchEncoder:
         family, method = self.runtime.family, self.method
         vision = VisionInputs(record.modality, record.arguments, BaseModelOutputWithPooling(pooler_output=[]))
         changed = []
-        for image in family.unpack_pixels(vision):
+        for index, image in enumerate(family.unpack_pixels(vision)):
             pixels = image.float()
-            out = method.transform_pixels(pixels, branch, image_generator(pixels, branch, getattr(method, "seed", 0)))
+            generator = image_generator(pixels, branch, getattr(method, "seed", 0))
+            context = BranchContext(family, self.runtime.processor, index, notes=record.notes)
+            out = method.transform_pixels(pixels, branch, generator, context)
             if out.shape != pixels.shape:
                 raise MethodError(
                     f"{method.id}: branch {branch.name!r} turned pixels of shape {list(pixels.shape)} into "

@@ -11,11 +11,21 @@ import torch
 from torch import Tensor
 
 from lmmhooks.compat import pixels_argument, takes_encoder_outputs
-from lmmhooks.engines.branch_rows import entry_order, grids_of, left_pad, position_after, shift_sources, tokens_of
+from lmmhooks.engines.branch_features import ImageStage, PromptAttention, Shown, ShownImages
+from lmmhooks.engines.branch_rows import (
+    entry_order,
+    grids_of,
+    left_pad,
+    position_after,
+    replace_images,
+    shift_sources,
+    tokens_of,
+)
 from lmmhooks.engines.branch_vision import BranchEncoder, EncodedImages, Entry, entries_of, with_entries
 from lmmhooks.errors import MethodError, PromptError
 from lmmhooks.layout import Layout, build_layout
 from lmmhooks.methods.decoding.base import Branch, DecodingMethod
+from lmmhooks.methods.decoding.context import BranchContext
 from lmmhooks.vision import ENCODERS, PIXELS, VisionInputs
 
 if TYPE_CHECKING:
@@ -80,7 +90,12 @@ class PromptStacker:
         self.method = method
         self.branches = list(branches)
         self.encoder = encoder
-        self.same_tokens = all(branch.same_tokens for branch in branches)
+        self.shown = ShownImages(runtime, method)
+        self.main = method.main_branch(runtime.family)
+        self.same_tokens = all(branch.same_tokens for branch in (self.main, *branches))
+        self.memory: dict[Any, Any] = {}
+        """What the method remembered while the newest prompt was stacked: that prompt's memory begins with it."""
+        self.notes: list[dict[str, Any]] = []
         self._in_kwargs = takes_encoder_outputs(self.family.model)
 
     # -- images --------------------------------------------------------------------------------------------------------
@@ -154,7 +169,7 @@ class PromptStacker:
                 "the prompt has image tokens but no image was given; pass pixel_values beside input_ids, as the "
                 "model's processor returns them"
             )
-        if not self.encoder.variants:
+        if not any(branch.needs_image for branch in self.branches):
             return
         bare = (~visual.any(dim=1)).nonzero().flatten().tolist()
         if bare:
@@ -163,7 +178,7 @@ class PromptStacker:
                 "give every prompt an image, or run text-only prompts inside patch.disabled()"
             )
         for modality, output in outputs.items():
-            if self.encoder.record_of(output) is None:
+            if self.encoder.variants and self.encoder.record_of(output) is None:
                 raise PromptError(
                     f"{modality} features were encoded before {self.method.id} was attached, so the pixels of its "
                     "branches are not known; pass pixel_values instead of mm_encoder_outputs"
@@ -171,7 +186,7 @@ class PromptStacker:
 
     # -- rows ----------------------------------------------------------------------------------------------------------
 
-    def stack(self, kwargs: dict[str, Any], with_main: bool) -> StackedPrompt:
+    def stack(self, kwargs: dict[str, Any], with_main: bool, attention: PromptAttention | None = None) -> StackedPrompt:
         """
         Read the arguments of a forward in every branch.
 
@@ -181,6 +196,8 @@ class PromptStacker:
             From `encode`.
         with_main
             Whether the main branch is among the rows, as the first block.
+        attention
+            What the main rows attended to, if they were read before.
 
         Raises
         ------
@@ -190,21 +207,35 @@ class PromptStacker:
         input_ids, mask = tokens_of(kwargs)
         outputs: dict[str, Any] = kwargs["mm_encoder_outputs"]
         records = {modality: self._record(output) for modality, output in outputs.items()}
-        texts = self._texts(input_ids, mask)
+        self.memory, self.notes = {}, [note for record in records.values() if record for note in record.notes]
         visions = {
             modality: record.as_given(outputs[modality]) if record else VisionInputs(modality, {}, outputs[modality])
             for modality, record in records.items()
         }
+        entries = {modality: entries_of(output) for modality, output in outputs.items()}
+        replaced: dict[str, dict[tuple[str, int, int], Shown]] = {}
+        given: Layout | None = None
+        if any(branch.image == "replaced" for branch in self.branches):
+            given = build_layout(input_ids, mask, self.family, list(visions.values()))
+            images = ImageStage(input_ids, mask, given, entries, visions, records)
+            for branch in self.branches:
+                if branch.image == "replaced":
+                    replaced[branch.name] = self.shown.replaced(branch, images)
+        texts = self._texts(input_ids, mask, given, replaced)
         layout = build_layout(*texts[0], self.family, list(visions.values()))
         main = _Reading(
             *texts[0],
             self._main_positions(kwargs, mask, texts[0], layout, visions),
             layout,
-            {modality: entries_of(output) for modality, output in outputs.items()},
+            entries,
         )
-        readings = [main] if with_main else []
-        for branch, text in zip(self.branches, texts[1:], strict=True):
-            readings.append(self._read(branch, main, text, kwargs, records, visions))
+        images = ImageStage(main.input_ids, main.mask, layout, entries, visions, records, attention)
+        readings = [self._read_main(main, texts[-1], kwargs, images)] if with_main else []
+        for branch, text in zip(self.branches, texts[1:-1], strict=True):
+            if branch.image == "replaced":
+                readings.append(self._read_replaced(text, images, replaced[branch.name]))
+            else:
+                readings.append(self._read(branch, main, text, kwargs, images))
         return self._join(kwargs, readings, outputs, records, visions)
 
     def _record(self, output: Any) -> EncodedImages | None:
@@ -213,31 +244,94 @@ class PromptStacker:
             self.encoder.ensure_variants(record)
         return record
 
-    def _texts(self, input_ids: Tensor, mask: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Tokens and mask of every branch, main first; all of one length, padded on the left if they differ."""
+    def _texts(
+        self,
+        input_ids: Tensor,
+        mask: Tensor,
+        given: Layout | None,
+        replaced: Mapping[str, Mapping[tuple[str, int, int], Shown]],
+    ) -> list[tuple[Tensor, Tensor]]:
+        """
+        Tokens and mask as given, of every branch, and of the main one as it reads them.
+
+        All of one length, padded on the left if they differ.
+        """
         if self.same_tokens:
             # As given, so that the columns of the caller stay what they are, padding on the right included.
-            return [(input_ids, mask)] * (1 + len(self.branches))
+            return [(input_ids, mask)] * (2 + len(self.branches))
         rows = [ids[valid] for ids, valid in zip(input_ids, mask, strict=True)]
-        edited = [rows, *([self._edit(row, branch) for row in rows] for branch in self.branches)]
+        edited = [rows]
+        for branch in (*self.branches, self.main):
+            if branch.image == "replaced":
+                assert given is not None
+                edited.append(self._replace(input_ids, mask, given, replaced[branch.name]))
+            else:
+                edited.append([self._edit(row, branch, index) for index, row in enumerate(rows)])
         length = max(len(row) for block in edited for row in block)
         return [
             (left_pad(block, length), left_pad([torch.ones_like(r) for r in block], length).bool()) for block in edited
         ]
 
-    def _edit(self, row: Tensor, branch: Branch) -> Tensor:
+    def _edit(self, row: Tensor, branch: Branch, index: int) -> Tensor:
         if branch.same_tokens:
             return row
         visual = torch.tensor(self.family.visual_ids, device=row.device)
         out = row[~torch.isin(row, visual)] if branch.image == "none" else row
         if branch.text == "edited":
-            out = self.method.edit_tokens(out, branch, self.family)
+            context = BranchContext(self.family, self.runtime.processor, index, self.memory, self.notes)
+            out = self.method.edit_tokens(out, branch, context)
         if not len(out):
             raise PromptError(
                 f"{self.method.id}: nothing is left of a prompt of {len(row)} tokens in branch {branch.name!r}; "
                 "the prompt needs text beside its images"
             )
         return out
+
+    def _replace(
+        self, input_ids: Tensor, mask: Tensor, given: Layout, shown: Mapping[tuple[str, int, int], Shown]
+    ) -> list[Tensor]:
+        """Rows with placeholders for the visual tokens, or the text, that stand in the place of images."""
+        ids = {"image": self.family.image_token_id, "video": self.family.video_token_id}
+        runs = {}
+        for place, what in shown.items():
+            if isinstance(what, Tensor):
+                runs[place] = what.to(input_ids), True
+            else:
+                runs[place] = torch.full_like(input_ids[0, :1], ids[place[0]]).expand(len(what[0])), False
+        placeholders = [i for i in ids.values() if i is not None]
+        marks = [i for i in self.family.visual_ids if i not in placeholders]
+        return replace_images(
+            input_ids,
+            mask,
+            given,
+            runs,
+            torch.tensor(placeholders, device=input_ids.device),
+            torch.tensor(marks, dtype=torch.long, device=input_ids.device),
+        )
+
+    def _read_replaced(
+        self, text: tuple[Tensor, Tensor], images: ImageStage, shown: Mapping[tuple[str, int, int], Shown]
+    ) -> _Reading:
+        """
+        Rows whose images are something else: text as far as positions and whatever acts below are concerned.
+
+        What stands there has no place in an image any more, so there is nothing a reducer could keep of it or an
+        attention method could look for.
+        """
+        entries: dict[str, list[Entry]] = {}
+        for span, _ in images.images():
+            what = shown.get((span.modality, span.sample, span.source))
+            if isinstance(what, tuple):
+                entries.setdefault(span.modality, []).append(what)
+        marks = [i for i in (self.family.image_token_id, self.family.video_token_id) if i is not None]
+        words = text[0].masked_fill(torch.isin(text[0], torch.tensor(marks, device=text[0].device)), 0)
+        layout = build_layout(words, text[1], self.family, [])
+        return _Reading(*text, self.family.position_ids(words, text[1]), layout, entries)
+
+    def _read_main(
+        self, main: _Reading, text: tuple[Tensor, Tensor], kwargs: Mapping[str, Any], images: ImageStage
+    ) -> _Reading:
+        return main if self.main.same_tokens else self._read(self.main, main, text, kwargs, images)
 
     def _main_positions(
         self,
@@ -268,9 +362,9 @@ class PromptStacker:
         main: _Reading,
         text: tuple[Tensor, Tensor],
         kwargs: Mapping[str, Any],
-        records: Mapping[str, EncodedImages | None],
-        visions: Mapping[str, VisionInputs],
+        images: ImageStage,
     ) -> _Reading:
+        visions = images.visions
         if branch.image == "none":
             layout = build_layout(*text, self.family, [])
             return _Reading(*text, self.family.position_ids(*text), layout, {})
@@ -287,10 +381,12 @@ class PromptStacker:
             positions = self.family.position_ids(*text, **grids_of(kwargs, layout, visions))
         entries = dict(main.entries)
         if branch.image == "pixels":
-            for modality, record in records.items():
+            for modality, record in images.records.items():
                 assert record is not None
                 block = record.block(branch.name)
                 entries[modality] = [block[i] for i in entry_order(main.layout, modality, visions[modality])]
+        elif branch.image == "features":
+            entries = self.shown.transformed(branch, images)
         return _Reading(*text, positions, layout, entries)
 
     def _join(

@@ -13,6 +13,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +21,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from lmmhooks.engines.attach import Attachments
+from lmmhooks.engines.branch_attention import BranchAttender
 from lmmhooks.engines.branch_cache import BranchCache, refuse_static
+from lmmhooks.engines.branch_features import PromptAttention, PromptReader
 from lmmhooks.engines.branch_vision import BranchEncoder
 from lmmhooks.engines.branches import PromptStacker, StackedPrompt
 from lmmhooks.engines.lazy_branches import LazyBranches
@@ -44,6 +47,8 @@ class _Call:
     lazy: LazyBranches | None = None
     logits_to_keep: Any = 0
     as_tuple: bool = False
+    attention: PromptAttention | None = None
+    """What branches that read after the main rows will know of those."""
     generated: int | None = None
     """Generated tokens in the prompt of a forward without cache."""
 
@@ -74,7 +79,9 @@ class BranchEngine:
         self.method = methods[0]
         self.branches = self.method.branches(self.family)
         self.lazy = self.method.lazy and bool(self.branches)
-        self.encoder = BranchEncoder(runtime, self.method, self.branches, put_off=self.lazy)
+        self.apart = self.lazy or any(branch.after_main for branch in self.branches)
+        """The main rows read the prompt alone, and branches after them."""
+        self.encoder = BranchEncoder(runtime, self.method, self.branches, put_off=self.apart)
         if self.method.needs_tokenizer and runtime.tokenizer is None:
             raise MethodError(
                 f"{self.method.id} reads or writes text with these settings, which needs the model's tokenizer; "
@@ -84,11 +91,16 @@ class BranchEngine:
         # Main rows whose text is edited are made here as well, and described by a cache of their own.
         self.stacks = bool(self.branches) or not self.stacker.main.same_tokens
         self.reader = StepReader(runtime, self.method)
+        self.prompt_reader = PromptReader(runtime, self.method)
+        self.attender = BranchAttender(runtime, self.method, self.branches)
         self._names = list(inspect.signature(self.family.model.forward).parameters)
         self._call: _Call | None = None
         self._uncached: tuple[Tensor, int] | None = None
         """Prompt of the newest forward without cache, and that forward's length."""
         self._inside = False
+        # Branches that had to read after the main rows join them for the answer. What other methods remember of the
+        # main rows knows nothing of the branches', which then keep a forward of their own.
+        self.merges = self.apart and not self.lazy and len(runtime.methods()) == 1 and not runtime.probes
 
     def attach(self, attachments: Attachments) -> None:
         """Hook the model; must come before the hooks that follow prompts, which are to see the stacked rows."""
@@ -151,10 +163,14 @@ class BranchEngine:
         self.stacker.check(encoded)
         if not self._caches(encoded):
             call.generated = self._count_uncached(encoded)
-        if not self.lazy:
+        if not self.apart:
             call.blocks = 1 + len(self.branches)
             return self._prompt_forward(call, self.stacker.stack(encoded, with_main=True), encoded)
-        call.lazy = LazyBranches(encoded, call.rows, self._read_lazily, self._continue_lazily)
+        self.attender.rows = {}
+        self.prompt_reader.begin()
+        call.attention = PromptAttention()
+        read = partial(self._read_lazily, call.attention)
+        call.lazy = LazyBranches(encoded, call.rows, read, self._continue_lazily)
         kwargs = dict(encoded)
         if self._caches(encoded):
             call.cache = kwargs["past_key_values"] = self._main_cache(encoded, call.lazy)
@@ -162,6 +178,7 @@ class BranchEngine:
 
     def _prompt_forward(self, call: _Call, stacked: StackedPrompt, encoded: dict[str, Any]) -> dict[str, Any]:
         kwargs = stacked.kwargs
+        self.attender.follow(len(kwargs["input_ids"]) // call.blocks, call.blocks)
         if self._caches(kwargs):
             inner = kwargs.get("past_key_values")
             inner = DynamicCache(config=self.family.text_config) if inner is None else inner
@@ -186,12 +203,13 @@ class BranchEngine:
                 "run the whole prompt under the patch, or start from an empty cache"
             )
         call.cache = cache
-        if self.lazy:
+        if self.lazy or cache.follower is not None:
             if not isinstance(cache.follower, LazyBranches) or kwargs.get("input_ids") is None:
                 raise PromptError(
-                    f"{self.method.id} with lazy=True continues a prompt it read itself, by input_ids; "
-                    "run the whole prompt under the patch, or set lazy=False"
+                    f"{self.method.id} with lazy={self.lazy} continues a prompt it read itself, by input_ids; "
+                    "run the whole prompt under the patch"
                 )
+            self.attender.rows = {}
             call.lazy = cache.follower
             call.lazy.push(kwargs["input_ids"])
             return kwargs
@@ -205,7 +223,8 @@ class BranchEngine:
             for name in ("input_ids", "inputs_embeds", "token_type_ids")
             if kwargs.get(name) is not None
         }
-        num_new = next(iter(out.values())).shape[1]
+        num_rows, num_new = next(iter(out.values())).shape[:2]
+        self.attender.follow(num_rows // cache.num_branches, cache.num_branches)
         out["attention_mask"], out["position_ids"] = cache.continuation(num_new)
         return {**out, "mm_token_type_ids": None} if "mm_token_type_ids" in kwargs else out
 
@@ -236,8 +255,11 @@ class BranchEngine:
         cache.follower = lazy
         return cache
 
-    def _read_lazily(self, prompt: dict[str, Any], logits_to_keep: Any) -> tuple[Tensor, BranchCache]:
-        stacked = self.stacker.stack({**prompt, "past_key_values": None, "use_cache": True}, with_main=False)
+    def _read_lazily(
+        self, attention: PromptAttention, prompt: dict[str, Any], logits_to_keep: Any
+    ) -> tuple[Tensor, BranchCache]:
+        given = {**prompt, "past_key_values": None, "use_cache": True}
+        stacked = self.stacker.stack(given, with_main=False, attention=attention)
         call = _Call(rows=0, blocks=len(self.branches), logits_to_keep=logits_to_keep)
         kwargs = self._prompt_forward(call, stacked, prompt)
         kwargs["logits_to_keep"] = logits_to_keep if self.stacker.same_tokens else 1
@@ -277,6 +299,8 @@ class BranchEngine:
         assert state is not None
         state.branches = 1 + len(self.branches)
         state.blocks = call.blocks
+        if call.attention is not None:
+            call.attention.of_image = self.prompt_reader.end(state.layout)
         logits = output.logits.float().unflatten(0, (call.blocks, call.rows))
         main, others = logits[0], list(logits[1:])
         grown = state.grown if call.generated is None else call.generated
@@ -311,11 +335,15 @@ class BranchEngine:
 
     def _combine_lazily(self, call: _Call, lazy: LazyBranches, main: Tensor, grown: int) -> Tensor:
         lazy.steps += 1
-        if main.shape[1] == 1:
+        if self.lazy and main.shape[1] == 1:
             keep = self.method.keep(main[:, 0])
             if keep is not None and bool((keep.sum(dim=1) == 1).all()):
                 return main.masked_fill(~keep[:, None], -torch.inf)
         caught_up = lazy.catch_up(call.logits_to_keep).unflatten(0, (len(self.branches), call.rows))
+        if self.merges and call.attention is not None and call.cache is not None:
+            assert lazy.cache is not None
+            call.cache.append(lazy.cache)
+            self.runtime.last_state.append_blocks(len(self.branches))
         return self._combine(main, [branch[:, -main.shape[1] :] for branch in caught_up], grown)
 
     def _main_rows(self, output: Any, logits: Tensor, call: _Call) -> Any:

@@ -156,6 +156,8 @@ class PromptState:
         """How many of them the forward that read the prompt held, stacked block after block."""
         self.branch_steps: float | None = None
         """Share of decode steps on which decoding branches ran; None without branches."""
+        self.notes: list[dict[str, Any]] = []
+        """What a decoding method noted of the branches it made."""
         self.companion: Any = None
         """The reading of the prompt without images, while the prompt is read and some method asks for one."""
         self.vision: list[Any] = []
@@ -188,6 +190,19 @@ class PromptState:
         """The prompt's layout is known: its first stage begins."""
         self._layout = layout
         self.stages = [Stage(0, layout, mask=mask)]
+
+    def append_blocks(self, num: int) -> None:
+        """As many more blocks of rows, which read the same tokens as the first, go on with it."""
+        self.blocks += num
+        for stage in self.stages:
+            stage.layout = Layout.stack([stage.layout] * self.blocks)
+            for name in ("index", "mask", "removed", "shift"):
+                if (value := getattr(stage, name)) is not None:
+                    setattr(stage, name, torch.cat([value] * self.blocks))
+            stage.plans.clear()
+            stage.scratch.clear()
+        if self.next_position is not None:
+            self.next_position = self.next_position.repeat(self.blocks)
 
     def memory(self, owner: Any) -> dict[Any, Any]:
         """Dictionary private to a method, empty at every new prompt."""

@@ -1,0 +1,156 @@
+"""Attention of branch rows where a method defines it; main rows keep what the model and other methods make of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lmmhooks.engines.backend import AttentionCall, AttentionResult
+from lmmhooks.engines.probing import transport
+from lmmhooks.engines.rows import hide, row_scores, take_rows, visible
+from lmmhooks.engines.state import PromptState, Stage
+from lmmhooks.errors import ModelError
+from lmmhooks.layout import Layout
+from lmmhooks.methods.decoding.base import Branch, DecodingMethod
+from lmmhooks.methods.decoding.view import BranchAttention
+
+if TYPE_CHECKING:
+    from lmmhooks.engines.runtime import Runtime
+
+__all__ = ["BranchAttender"]
+
+
+class BranchAttender:
+    """
+    Lets a method answer attention calls for the rows of its branches.
+
+    Attributes
+    ----------
+    layers
+        Decoder layers in which it does.
+    rows
+        Rows of the current forward by branch name; the engine that stacks the rows says which they are.
+    """
+
+    def __init__(self, runtime: Runtime, method: DecodingMethod, branches: Sequence[Branch]) -> None:
+        self.runtime = runtime
+        self.method = method
+        self.branches = list(branches)
+        self.layers = frozenset(method.branch_layers(runtime.family)) if branches else frozenset()
+        self.rows: dict[str, slice] = {}
+
+    def follow(self, num_rows: int, num_blocks: int) -> None:
+        """The coming forward has that many blocks of rows, the branches last; without main there is one fewer."""
+        first = num_blocks - len(self.branches)
+        self.rows = {
+            branch.name: slice((first + i) * num_rows, (first + i + 1) * num_rows)
+            for i, branch in enumerate(self.branches)
+            if first >= 0
+        }
+
+    def answer(self, layer: int, state: PromptState, call: AttentionCall, result: AttentionResult) -> AttentionResult:
+        """The result of a call, with the rows of branches as the method wants them."""
+        stage = state.stage_at(layer)
+        output, weights = result
+        for branch in self.branches:
+            if (rows := self.rows.get(branch.name)) is not None:
+                attended = self.method.attend(self._view(layer, state, stage, call, branch, rows), branch)
+                if attended is not None:
+                    output = output.clone() if output is result[0] else output
+                    output[rows] = attended.transpose(1, 2).to(output.dtype)
+        return output, weights
+
+    def _view(
+        self, layer: int, state: PromptState, stage: Stage, call: AttentionCall, branch: Branch, rows: slice
+    ) -> BranchAttention:
+        key = "rows of a branch", branch.name
+        if key not in stage.scratch:
+            stage.scratch[key] = _cut(stage.layout, rows)
+        layout: Layout = stage.scratch[key]
+        mask = call.mask
+        if isinstance(mask, Tensor) and mask.shape[0] == call.query.shape[0]:
+            mask = mask[rows]
+        own = replace(
+            call,
+            query=call.query[rows],
+            key=call.key[rows, :, : layout.length],
+            value=call.value[rows, :, : layout.length],
+            mask=mask,
+            whole=None,
+        )
+        # Kept on the first stage, which every layer of the forward shares.
+        memory = state.stages[0].scratch.setdefault(("memory of a branch", branch.name), {})
+        return BranchAttention(
+            query=own.query,
+            key=own.key,
+            value=own.value,
+            layer=layer,
+            layout=layout,
+            is_prefill=state.is_prefill,
+            prompt_length=layout.length - state.grown,
+            keep_for_later=partial(_note, memory, stage),
+            from_earlier=partial(_recall, memory, stage, state, rows),
+            weights_of=partial(_weights, own, layout),
+            without=partial(_without, own, layout),
+        )
+
+
+def _cut(layout: Layout, rows: slice) -> Layout:
+    spans = (replace(s, sample=s.sample - rows.start) for s in layout.spans if rows.start <= s.sample < rows.stop)
+    return Layout(layout.segment[rows], tuple(spans))
+
+
+def _allowed(call: AttentionCall, layout: Layout, rows: Tensor) -> Tensor | None:
+    valid = None if bool(layout.valid.all()) else layout.valid
+    return visible(call.dense_mask, rows, call.query.shape[2], layout.length, valid, causal=True)
+
+
+def _weights(call: AttentionCall, layout: Layout, rows: Tensor) -> Tensor:
+    scores = row_scores(take_rows(call.query, rows), call.key, call.scaling, call.kwargs.get("softcap"))
+    return torch.softmax(hide(scores, _allowed(call, layout, rows)), dim=-1)
+
+
+def _without(call: AttentionCall, layout: Layout, hidden: Tensor | None) -> Tensor:
+    if hidden is None:
+        return call.run_base()[0].transpose(1, 2)
+    if call.backend not in ("sdpa", "eager"):
+        raise ModelError(
+            f"attention backend {call.backend!r} takes no mask in which branches hide keys of their own; load the "
+            "model with attn_implementation='sdpa'"
+        )
+    batch, _, queries, _ = call.query.shape
+    allowed = _allowed(call, layout, torch.arange(queries, device=call.query.device).expand(batch, -1))
+    hidden = hidden[:, None]
+    if allowed is None:
+        allowed = torch.ones(batch, 1, queries, layout.length, dtype=torch.bool, device=hidden.device)
+    if allowed.dtype == torch.bool:
+        allowed = allowed & ~hidden
+        if call.backend == "eager":
+            lowest = torch.finfo(call.query.dtype).min
+            allowed = torch.zeros_like(allowed, dtype=call.query.dtype).masked_fill_(~allowed, lowest)
+    else:
+        allowed = allowed.masked_fill(hidden, torch.finfo(allowed.dtype).min)
+    return call.base(call.query, call.key, call.value, allowed)[0].transpose(1, 2)
+
+
+def _note(memory: dict[Any, Any], stage: Stage, name: str, values: Tensor) -> None:
+    memory[name] = stage, values
+
+
+def _recall(memory: dict[Any, Any], stage: Stage, state: PromptState, rows: slice, name: str) -> Tensor:
+    seen, values = memory[name]
+    if seen is stage:
+        return values
+    # A reducer cut in between; what followed the prompt stands at the end of both sequences.
+    length = state.layout.length
+    before = None if seen.index is None else seen.index[rows]
+    assert stage.index is not None
+    wanted = stage.index[rows]
+    prompt = values[..., : values.shape[-1] - state.grown]
+    moved = transport(prompt.transpose(1, 2), length, before, wanted).transpose(1, 2)
+    return torch.cat([moved, values[..., values.shape[-1] - state.grown :]], dim=-1)
