@@ -18,6 +18,7 @@ from lmmhooks.engines.downsampling import DownsamplingEngine
 from lmmhooks.engines.injection import InjectionEngine
 from lmmhooks.engines.preparing import PromptPreparer
 from lmmhooks.engines.reduction import ReductionEngine
+from lmmhooks.engines.searching import SearchEngine
 from lmmhooks.engines.skipping import ComputeEngine
 from lmmhooks.engines.steering import SteeringEngine
 from lmmhooks.engines.tower import TowerEngine
@@ -25,6 +26,7 @@ from lmmhooks.methods.attention.base import AttentionMethod
 from lmmhooks.methods.attention.steering import SteeringMethod
 from lmmhooks.methods.base import Method
 from lmmhooks.methods.decoding.base import DecodingMethod
+from lmmhooks.methods.decoding.search import SearchMethod
 from lmmhooks.methods.reduction.base import ReductionMethod
 from lmmhooks.methods.reduction.caching import CacheMethod
 from lmmhooks.methods.reduction.compute import ComputeMethod

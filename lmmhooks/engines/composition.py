@@ -11,6 +11,7 @@ from lmmhooks.methods.attention.base import AttentionMethod
 from lmmhooks.methods.attention.steering import SteeringMethod
 from lmmhooks.methods.base import Method
 from lmmhooks.methods.decoding.base import DecodingMethod
+from lmmhooks.methods.decoding.search import SearchMethod
 from lmmhooks.methods.reduction.base import ReductionMethod
 from lmmhooks.methods.reduction.caching import CacheMethod
 from lmmhooks.methods.reduction.compute import ComputeMethod
@@ -37,7 +38,8 @@ def check_composition(family: Any, present: Sequence[Method], added: Sequence[Me
     Raises
     ------
     MethodError
-        The same method twice, two reducers at one boundary, two decoding methods, two that compare heads with a
+        The same method twice, two reducers at one boundary, two decoding methods, a search of candidates beside
+        what has to see the answer token by token, two that compare heads with a
         reading without images, key/value compression twice or beside edits of answers' attention, images inserted
         twice or beside lazy branches, one that leaves out what another reads or edits, or a declared conflict; the text
         says which and what to do.
@@ -58,8 +60,11 @@ def _conflict(family: Any, old: Method, new: Method) -> str | None:
         return "the same method is already on this model"
     if new.id in old.conflicts or old.id in new.conflicts:
         return old.conflicts.get(new.id) or new.conflicts[old.id]
-    if all(any(isinstance(part, DecodingMethod) for part in method.parts()) for method in (old, new)):
+    if all(any(isinstance(part, (DecodingMethod, SearchMethod)) for part in m.parts()) for m in (old, new)):
         return "both define the next-token logits"
+    for one, other in ((old, new), (new, old)):
+        if isinstance(one, SearchMethod) and (reason := _needs_one_token(one, other)):
+            return reason
     if all(any(_contrasts_text(part) for part in method.parts()) for method in (old, new)):
         return "both compare heads with a reading without images, which gets the gains of one method"
     presses = [method for method in (old, new) if isinstance(method, CacheMethod)]
@@ -89,6 +94,18 @@ def _conflict(family: Any, old: Method, new: Method) -> str | None:
                 "before the decoder" if not layer else f"before layer {layer}" for layer in sorted(shared)
             )
             return f"both remove tokens {where}"
+    return None
+
+
+def _needs_one_token(search: Method, other: Method) -> str | None:
+    """Whether a method cannot do with steps that read several next tokens and take most of them back."""
+    if isinstance(other, InjectionMethod):
+        return f"images are inserted behind the newest token, of which {search.id} reads several at once"
+    if isinstance(other, CacheMethod):
+        return f"{search.id} reads the attention to visual tokens, of which every head keeps different ones"
+    keeps = (part for part in other.parts() if isinstance(part, AttentionMethod))
+    if any(type(part).select_rows is not AttentionMethod.select_rows for part in keeps):
+        return f"{other.id} remembers every token of the answer, of which {search.id} takes most back"
     return None
 
 
