@@ -61,6 +61,8 @@ class Stats:
         Rows of the forward per row of the batch: 1 without branches.
     branch_steps
         Share of decode steps on which the branches ran; None without a decoding method.
+    notes
+        What a decoding method noted of the images and wordings it made for its branches.
     """
 
     layers: tuple[LayerStats, ...]
@@ -71,6 +73,7 @@ class Stats:
     prefill_flops_full: float
     branches: int = 1
     branch_steps: float | None = None
+    notes: tuple[dict[str, Any], ...] = ()
 
     @property
     def flops_saved(self) -> float:
@@ -134,6 +137,7 @@ class Stats:
             prefill_flops_full=flops_full,
             branches=state.branches,
             branch_steps=state.branch_steps,
+            notes=tuple(state.notes),
         )
 
     def to_dict(self) -> dict[str, Any]:

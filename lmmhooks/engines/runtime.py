@@ -100,10 +100,15 @@ class Runtime:
         return [part for method in given for part in method.parts() if not part.is_identity]
 
     @property
+    def processor(self) -> Any:
+        """The newest one that was given to ``wrap``; None without one."""
+        processors = [patch.processor for patch in self.patches if patch.processor is not None]
+        return processors[-1] if processors else None
+
+    @property
     def tokenizer(self) -> Any:
         """Of the newest processor that was given to ``wrap``; None without one."""
-        processors = [patch.processor for patch in self.patches if patch.processor is not None]
-        return getattr(processors[-1], "tokenizer", None) if processors else None
+        return getattr(self.processor, "tokenizer", None)
 
     def refresh(self) -> None:
         """Attach exactly what the enabled patches need; nothing at all when there are none."""

@@ -17,6 +17,7 @@ from lmmhooks.engines.branch_vision import image_generator
 from lmmhooks.family import resolve
 from lmmhooks.methods.attention.var import Var
 from lmmhooks.methods.decoding.base import Branch, DecodingMethod
+from lmmhooks.methods.decoding.context import BranchContext
 from lmmhooks.methods.decoding.vcd import Vcd
 from lmmhooks.methods.decoding.view import StepView
 from tests.reference.decoding import NaiveBranches, naive_generate, noised_inputs, without_image
@@ -49,7 +50,7 @@ class Edited(DecodingMethod):
     def branches(self, family: Any) -> list[Branch]:
         return [Branch("leading", text="edited"), Branch("both", image="none", text="edited")]
 
-    def edit_tokens(self, tokens: Tensor, branch: Branch, family: Any) -> Tensor:
+    def edit_tokens(self, tokens: Tensor, branch: Branch, context: BranchContext) -> Tensor:
         return torch.cat([tokens[:-1], tokens.new_tensor([11, 12]), tokens[-1:]])
 
     def weights(self, main: Tensor, others: Sequence[Tensor], step: int, view: StepView) -> Sequence[float]:
@@ -66,7 +67,9 @@ class Several(DecodingMethod):
     def branches(self, family: Any) -> list[Branch]:
         return [Branch("text", image="none"), Branch("copy"), Branch("a", image="pixels"), Branch("b", image="pixels")]
 
-    def transform_pixels(self, pixels: Tensor, branch: Branch, generator: torch.Generator) -> Tensor:
+    def transform_pixels(
+        self, pixels: Tensor, branch: Branch, generator: torch.Generator, context: BranchContext
+    ) -> Tensor:
         return pixels + torch.randn(pixels.shape, generator=generator)
 
     def weights(self, main: Tensor, others: Sequence[Tensor], step: int, view: StepView) -> Sequence[float]:
@@ -143,7 +146,10 @@ def test_branches_of_every_kind_at_once(lazy):
 
     def variant(branch: Branch) -> dict[str, Any]:
         images = inputs["pixel_values"].split(1)
-        changed = [method.transform_pixels(image, branch, image_generator(image, branch, 3)) for image in images]
+        context = BranchContext(family=None)
+        changed = [
+            method.transform_pixels(image, branch, image_generator(image, branch, 3), context) for image in images
+        ]
         return {**inputs, "pixel_values": torch.cat(changed)}
 
     pixel_branches = method.branches(None)[2:]

@@ -18,6 +18,7 @@ from lmmhooks.engines.lazy_branches import LazyBranches
 from lmmhooks.errors import MethodError, PromptError
 from lmmhooks.family import resolve
 from lmmhooks.methods.decoding.base import Branch, DecodingMethod
+from lmmhooks.methods.decoding.context import BranchContext
 from lmmhooks.methods.decoding.identity import DecodingIdentity
 from lmmhooks.methods.decoding.vcd import Vcd
 from lmmhooks.methods.decoding.view import StepView
@@ -35,7 +36,9 @@ class Broken(DecodingMethod):
     def branches(self, family: Any) -> list[Branch]:
         return [Branch("smaller", image="pixels")] if self.shape else [Branch("none", image="none")]
 
-    def transform_pixels(self, pixels: Tensor, branch: Branch, generator: torch.Generator) -> Tensor:
+    def transform_pixels(
+        self, pixels: Tensor, branch: Branch, generator: torch.Generator, context: BranchContext
+    ) -> Tensor:
         return pixels[..., 1:]
 
     def weights(self, main: Tensor, others: Sequence[Tensor], step: int, view: StepView) -> Sequence[float]:

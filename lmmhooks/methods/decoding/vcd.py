@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lmmhooks.methods.base import setting
 from lmmhooks.methods.decoding.base import Branch, DecodingMethod
+from lmmhooks.methods.decoding.context import BranchContext
 from lmmhooks.methods.decoding.view import StepView
 
 __all__ = ["Vcd", "add_noise", "signal_levels"]
@@ -93,5 +94,7 @@ class Vcd(DecodingMethod):
     def weights(self, main: Tensor, others: Sequence[Tensor], step: int, view: StepView) -> Sequence[float]:
         return [1 + self.alpha, -self.alpha]
 
-    def transform_pixels(self, pixels: Tensor, branch: Branch, generator: torch.Generator) -> Tensor:
+    def transform_pixels(
+        self, pixels: Tensor, branch: Branch, generator: torch.Generator, context: BranchContext
+    ) -> Tensor:
         return add_noise(pixels, self.noise_step, generator)
