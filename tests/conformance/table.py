@@ -117,4 +117,8 @@ ROWS: dict[str, Row] = {
     "decoding-identity": Row("decoding-identity", changes=False),
     "vcd": Row("vcd(beta=0.0)"),
     "pai-guidance": Row("pai-guidance(gamma=1.5, beta=0.0)"),
+    "deco": Row("deco(threshold_top_p=1.0, threshold_top_k=0)"),
+    "dola": Row("dola(layers=(0, 1, 2), beta=0.0)"),
+    "revisit": Row("revisit(beta=0.0)"),
+    "only": Row("only(beta=0.0)"),
 }
