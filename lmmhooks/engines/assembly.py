@@ -74,6 +74,10 @@ def assemble(runtime: Runtime, methods: Sequence[Method]) -> None:
         # After whatever shortens the sequence: states are counted from its end.
         branching.reader.attach(attach)
         branching.stacker.shown.readings.attach(attach)
+    searching = SearchEngine(runtime, searches) if (searches := _of_kind(methods, SearchMethod)) else None
+    if searching is not None:
+        # After whatever hands layers masks of their own.
+        searching.attach(attach)
     AttentionEngine(
         runtime,
         edits,
@@ -82,6 +86,7 @@ def assemble(runtime: Runtime, methods: Sequence[Method]) -> None:
             *reduction.decoder_probes,
             *(caching.decoder_probes if caching else ()),
             *((*branching.reader.probes, *branching.prompt_reader.probes) if branching else ()),
+            *([searching.siblings.probe] if searching else ()),
         ],
         [
             *preparer.vision_probes,
