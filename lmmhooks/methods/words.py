@@ -12,7 +12,7 @@ from jinja2 import TemplateError
 
 from lmmhooks.errors import MethodError
 
-__all__ = ["content_tokens", "listed_words", "load_tagger", "surroundings", "tagged_words"]
+__all__ = ["content_tokens", "listed_words", "load_tagger", "surroundings", "tagged_words", "token_texts"]
 
 Spans = list[tuple[int, int]]
 """Stretches of a text, as offsets of their first character and of the one after their last."""
@@ -83,7 +83,7 @@ def content_tokens(tokenizer: Any, ids: Sequence[int], find: Callable[[str], Ite
     find
         Text to the content words in it: `listed_words` or `tagged_words`.
     """
-    pieces = _pieces(tokenizer, ids)
+    pieces = token_texts(tokenizer, ids)
     spans = list(find("".join(pieces)))
     found, start = [], 0
     for piece in pieces:
@@ -112,7 +112,7 @@ def surroundings(tokenizer: Any, ids: Sequence[int], unknown: int = 0) -> tuple[
         Special and blank tokens at the start (what closes an image, line breaks); tokens at the end that the chat
         template writes there, 0 for a prompt that does not end as the template's prompts do.
     """
-    pieces = _pieces(tokenizer, ids)
+    pieces = token_texts(tokenizer, ids)
     head = next((place for place, piece in enumerate(pieces) if piece.strip()), len(pieces))
     suffix = _template_suffix(tokenizer)
     if not suffix:
@@ -147,7 +147,7 @@ def _render(tokenizer: Any, question: str) -> list[int]:
     return []
 
 
-def _pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     """The text that each token adds to the one before it; nothing for special tokens."""
 
     def decode(part: Sequence[int]) -> str:
