@@ -78,7 +78,9 @@ def text_leaning(weights: Tensor, text: Tensor, image: Tensor) -> Tensor:
     """
     kept = without_outliers(without_outliers(weights, text), image)
     ratio = entropy_of(kept, text, 0.0) / entropy_of(kept, image, torch.inf)
-    return kept.masked_fill((ratio < ratio.mean(dim=-1, keepdim=True))[..., None], 0.0)
+    # The mean of equal numbers may round to more than each of them: no more than the largest, so that one head stays.
+    least = torch.minimum(ratio.mean(dim=-1, keepdim=True), ratio.amax(dim=-1, keepdim=True))
+    return kept.masked_fill((ratio < least)[..., None], 0.0)
 
 
 def head_outputs(weights: Tensor, value: Tensor) -> Tensor:
