@@ -19,9 +19,9 @@ class LayerParts:
 
         Hooks on the part are passed by: they belong to the forward that the model itself runs.
         """
-        weight = next(module.parameters())
+        weight = next(module.parameters(), None)
         # Where accelerate loads weights on demand, forward is already the function that moves its inputs.
-        output: Tensor = module.forward(states if weight.is_meta else states.to(weight.device))
+        output: Tensor = module.forward(states if weight is None or weight.is_meta else states.to(weight.device))
         return output
 
     @staticmethod

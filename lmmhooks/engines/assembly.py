@@ -71,8 +71,7 @@ def assemble(runtime: Runtime, methods: Sequence[Method]) -> None:
     compute = ComputeEngine(runtime, _of_kind(methods, ComputeMethod))
     compute.attach(attach)
     if branching is not None:
-        # After whatever shortens the sequence: states are counted from its end.
-        branching.reader.attach(attach)
+        # After whatever shortens the sequence.
         branching.stacker.shown.readings.attach(attach)
     searching = SearchEngine(runtime, searches) if (searches := _of_kind(methods, SearchMethod)) else None
     if searching is not None:
@@ -98,6 +97,9 @@ def assemble(runtime: Runtime, methods: Sequence[Method]) -> None:
         branching.attender if branching else None,
     ).attach(attach)
     SteeringEngine(runtime, steers).attach(attach)
+    if branching is not None:
+        # After whatever shortens or steers states: those that the head reads are seen, counted from the end.
+        branching.reader.attach(attach)
     if inside := _of_kind(reducers, TowerMethod):
         # Last: it takes the place of what other hooks on the MLPs of the tower edit.
         TowerEngine(runtime, inside[0]).attach(attach)

@@ -38,11 +38,11 @@ def check_composition(family: Any, present: Sequence[Method], added: Sequence[Me
     Raises
     ------
     MethodError
-        The same method twice, two reducers at one boundary, two decoding methods, a search of candidates beside
-        what has to see the answer token by token, two that compare heads with a
-        reading without images, key/value compression twice or beside edits of answers' attention, images inserted
-        twice or beside lazy branches, one that leaves out what another reads or edits, or a declared conflict; the text
-        says which and what to do.
+        The same method twice, two reducers at one boundary, two decoding methods, a search of candidates beside what
+        has to see the answer token by token, two that compare heads with a reading without images, key/value
+        compression twice or beside edits or readings of answers' attention, images inserted twice or beside lazy
+        branches, one that leaves out what another reads or edits, or a declared conflict; the text says which and what
+        to do.
     """
     known: list[Method] = list(present)
     for new in added:
@@ -70,10 +70,10 @@ def _conflict(family: Any, old: Method, new: Method) -> str | None:
     presses = [method for method in (old, new) if isinstance(method, CacheMethod)]
     if len(presses) == 2:
         return "both compress the keys and values of the prompt"
-    if presses and any(_edits_answers(part) for method in (old, new) for part in method.parts()):
+    if presses and any(_looks_back(family, part) for method in (old, new) for part in method.parts()):
         return (
-            "one edits the attention that answers pay to positions of the prompt, of which the other leaves different "
-            "ones to every head"
+            "one edits or reads the attention that answers pay to positions of the prompt, of which the other leaves "
+            "different ones to every head"
         )
     inserts = [method for method in (old, new) if isinstance(method, InjectionMethod)]
     if len(inserts) == 2:
@@ -109,7 +109,10 @@ def _needs_one_token(search: Method, other: Method) -> str | None:
     return None
 
 
-def _edits_answers(part: Method) -> bool:
+def _looks_back(family: Any, part: Method) -> bool:
+    """Whether it edits or reads the attention of tokens that follow the prompt."""
+    if isinstance(part, DecodingMethod):
+        return bool(part.reads_attention(family))
     return isinstance(part, AttentionMethod) and part.on_decode and bool(part.edits)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import lmmhooks
-from lmmhooks.errors import PromptError
+from lmmhooks.errors import MethodError, PromptError
 from lmmhooks.family import resolve
 from lmmhooks.methods.decoding.base import Branch, DecodingMethod
 from lmmhooks.methods.decoding.view import StepView
@@ -287,3 +287,21 @@ def test_what_a_step_showed_is_let_go():
     assert not now.states
     assert not now.rows
     assert patch.attached == []
+
+
+def test_steered_states_are_seen_as_the_head_reads_them():
+    zoo = build("llava")
+    method = Looking()
+    with lmmhooks.wrap(zoo.model, "vista(lam=0.5)", method) as patch:
+        zoo.model.generate(**zoo.inputs(batch=2), max_new_tokens=2, do_sample=False)
+        for view, said in zip(method.seen, method.said, strict=True):
+            torch.testing.assert_close(patch.family.lm_head(view.states[DEPTH]), said, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("press", ["look-m(hh_ratio=0.5)", "vl-cache(alpha=0.3)"])
+def test_attention_to_a_compressed_prompt_is_not_read(press):
+    zoo = build("llava")
+    with pytest.raises(MethodError, match="edits or reads the attention that answers pay"):
+        lmmhooks.wrap(zoo.model, press, Looking(attention=(1,)))
+    with lmmhooks.wrap(zoo.model, press, Looking()):
+        zoo.model.generate(**zoo.inputs(), max_new_tokens=2, do_sample=False)
