@@ -86,32 +86,44 @@ def signal_level(noise_step: int) -> float:
     return level
 
 
-def noised(image: Tensor, noise_step: int, seed: int, branch: str = "noised") -> Tensor:
-    """One image ``[crops, C, H, W]`` with the noise that belongs to its pixels."""
+def generator_of(image: Tensor, seed: int, branch: str) -> torch.Generator:
+    """Random numbers that belong to the pixels of an image ``[crops, C, H, W]``."""
     digest = hashlib.blake2b(image.contiguous().numpy().tobytes(), digest_size=8)
     digest.update(f"{branch}/{seed}".encode())
-    generator = torch.Generator().manual_seed(int.from_bytes(digest.digest(), "little"))
+    return torch.Generator().manual_seed(int.from_bytes(digest.digest(), "little"))
+
+
+def noised(image: Tensor, noise_step: int, seed: int, branch: str = "noised") -> Tensor:
+    """One image ``[crops, C, H, W]`` with the noise that belongs to its pixels."""
     level = signal_level(noise_step)
-    return math.sqrt(level) * image + math.sqrt(1 - level) * torch.randn(image.shape, generator=generator)
+    noise = torch.randn(image.shape, generator=generator_of(image, seed, branch))
+    return math.sqrt(level) * image + math.sqrt(1 - level) * noise
 
 
-def noised_inputs(zoo: Any, inputs: dict[str, Any], noise_step: int = 500, seed: int = 0) -> dict[str, Any]:
-    """Inputs of a tiny model with every image noised, each family's packing spelled out."""
+def noised_inputs(
+    zoo: Any, inputs: dict[str, Any], noise_step: int = 500, seed: int = 0, branch: str = "noised"
+) -> dict[str, Any]:
+    """Inputs of a tiny model with every image noised."""
+    return changed_inputs(zoo, inputs, lambda image: noised(image, noise_step, seed, branch))
+
+
+def changed_inputs(zoo: Any, inputs: dict[str, Any], change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    """Inputs of a tiny model with every image ``[crops, C, H, W]`` changed, each family's packing spelled out."""
     pixels = inputs["pixel_values"]
     if "image_grid_thw" in inputs:
-        out = _noised_patches(zoo, pixels, inputs["image_grid_thw"].tolist(), noise_step, seed)
+        out = _changed_patches(zoo, pixels, inputs["image_grid_thw"].tolist(), change)
     elif "image_sizes" in inputs:
         out = pixels.clone()
         for image in range(len(pixels)):
             # The zoo leaves the crops an image does not have at zero.
             crops = int((pixels[image].flatten(1) != 0).any(dim=1).sum())
-            out[image, :crops] = noised(pixels[image, :crops], noise_step, seed)
+            out[image, :crops] = change(pixels[image, :crops])
     else:
-        out = torch.cat([noised(image[None], noise_step, seed) for image in pixels])
+        out = torch.cat([change(image[None]) for image in pixels])
     return {**inputs, "pixel_values": out}
 
 
-def _noised_patches(zoo: Any, pixels: Tensor, grids: list[list[int]], noise_step: int, seed: int) -> Tensor:
+def _changed_patches(zoo: Any, pixels: Tensor, grids: list[list[int]], change: Callable[[Tensor], Tensor]) -> Tensor:
     """Patch ``p`` of an image lies in merge group ``p // 4``, groups row by row; its values run over C, T, y, x."""
     size = zoo.recipe.patch
     out, start = torch.empty_like(pixels), 0
@@ -126,7 +138,7 @@ def _noised_patches(zoo: Any, pixels: Tensor, grids: list[list[int]], noise_step
             cell = pixels[start + patch].reshape(3, 2, size, size).transpose(0, 1)
             image[:, :, row * size : (row + 1) * size, col * size : (col + 1) * size] = cell
         still = torch.equal(image[0], image[1])
-        image = noised(image[:1], noise_step, seed).expand(2, -1, -1, -1) if still else noised(image, noise_step, seed)
+        image = change(image[:1]).expand(2, -1, -1, -1) if still else change(image)
         for patch, (row, col) in enumerate(where):
             cell = image[:, :, row * size : (row + 1) * size, col * size : (col + 1) * size]
             out[start + patch] = cell.transpose(0, 1).flatten()
@@ -136,12 +148,28 @@ def _noised_patches(zoo: Any, pixels: Tensor, grids: list[list[int]], noise_step
 
 def without_image(inputs: dict[str, Any], visual_ids: Sequence[int]) -> dict[str, Any]:
     """Inputs without visual tokens and pixels, padded on the left anew."""
+    bare = edited_inputs(inputs, lambda row: [token for token in row if token not in visual_ids])
+    return {name: bare[name] for name in ("input_ids", "attention_mask")}
+
+
+def edited_inputs(inputs: dict[str, Any], edit: Callable[[list[int]], list[int]]) -> dict[str, Any]:
+    """Inputs with the tokens of every row edited, padded on the left anew; images stay."""
     rows = [
-        [token for token, valid in zip(row, mask, strict=True) if valid and token not in visual_ids]
+        edit([token for token, valid in zip(row, mask, strict=True) if valid])
         for row, mask in zip(inputs["input_ids"].tolist(), inputs["attention_mask"].tolist(), strict=True)
     ]
     length = max(map(len, rows))
-    return {
+    out = {
+        **inputs,
         "input_ids": torch.tensor([[0] * (length - len(row)) + row for row in rows]),
         "attention_mask": torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows]),
     }
+    if "mm_token_type_ids" in inputs:
+        # Of the ids a kind is given to in the prompt as it was: everything else is text.
+        kinds = dict(
+            zip(inputs["input_ids"].flatten().tolist(), inputs["mm_token_type_ids"].flatten().tolist(), strict=True)
+        )
+        out["mm_token_type_ids"] = torch.tensor(
+            [[kinds.get(token, 0) for token in row] for row in out["input_ids"].tolist()], dtype=torch.int
+        )
+    return out
