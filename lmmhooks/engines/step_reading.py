@@ -104,6 +104,8 @@ class StepReader:
         """The rows of the batch, those of all branches, go on as these."""
         state = self.runtime.last
         assert state is not None
+        if memory is not state.memory(self):
+            return  # rows of branches that keep a cache of their own follow the main ones, which are told first
         own = rows[: len(rows) // state.blocks]
         self.method.select_rows(own, state.memory(self.method))
         for layer, kept in memory.get("visual", {}).items():
