@@ -259,6 +259,8 @@ class Lookahead:
             },
             is_first_iteration=False,
         )
+        # Not as ids: a candidate may be one that stands for visual features, and nobody means it to.
+        inputs["inputs_embeds"] = self.model.get_input_embeddings()(inputs.pop("input_ids"))
         self.siblings.begin(apart)
         # Other engines count positions by columns, of which candidates share one and padding takes some.
         self.state.next_position = self.first + steps[:, -1].to(self.first.device) + 1 - (self.columns + number)
