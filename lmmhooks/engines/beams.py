@@ -122,7 +122,7 @@ class Beams:
 
 @dataclass(frozen=True, eq=False)
 class Chosen:
-    """The best continuations of some beams, some of which end here: ``[1, k]`` scores, ``[1, k, ...]`` as in `Beams`."""
+    """The best continuations of some beams, some of which end here: ``[1, k]`` and ``[1, k, ...]`` as in `Beams`."""
 
     before: Beams
     scores: Tensor

@@ -72,7 +72,7 @@ class Siblings:
         self.runtime = runtime
         self.probe = DecoderProbe(family.num_layers - 1, "last", hears=self._hear, on_decode=True)
         self.apart = 0
-        """How many tokens at the end of the coming forward are alternatives to each other; 0: they follow each other."""
+        """How many tokens of the coming forward are alternatives to each other; 0: they follow each other."""
         self.sight: Sight | None = None
         self._masks: list[tuple[Tensor, Tensor]] = []
 
@@ -95,7 +95,8 @@ class Siblings:
         for given, parted in self._masks:
             if given is mask:
                 return args, {**kwargs, "attention_mask": parted}
-        assert isinstance(mask, Tensor) and mask.dim() == 4, "several new tokens behind a cache always get a mask"
+        # Several new tokens behind a cache always get one; `Siblings` has refused backends whose masks are not dense.
+        assert isinstance(mask, Tensor)
         own = torch.eye(self.apart, dtype=torch.bool, device=mask.device)
         hidden = nn.functional.pad(~own, (mask.shape[-1] - self.apart, 0))
         parted = mask.masked_fill(hidden, False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min)

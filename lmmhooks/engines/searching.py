@@ -115,8 +115,8 @@ class SearchEngine:
             )
         if config.use_cache is False or config.cache_implementation not in (None, "dynamic"):
             raise PromptError(
-                f"{name} takes candidates back from a dynamic cache, but this call has use_cache={config.use_cache} and "
-                f"cache_implementation={config.cache_implementation!r}; leave both out"
+                f"{name} takes candidates back from a dynamic cache, but this call has use_cache={config.use_cache} "
+                f"and cache_implementation={config.cache_implementation!r}; leave both out"
             )
         if config.low_memory:
             raise PromptError(f"{name} reads all candidates at once; leave low_memory out")

@@ -42,6 +42,8 @@ class Row:
         It acts on what follows the prompt: logits of the prompt itself must be equal, those of the answer differ.
     measured
         For a `lmmhooks.family.Family`, settings that `lmmhooks calibrate` would have left on record, by name.
+    modes
+        Way of running a prompt to a part of the reason for which ``generate`` refuses it.
     """
 
     spec: str
@@ -49,6 +51,7 @@ class Row:
     after_prompt: bool = False
     refused: dict[str, str] = field(default_factory=dict)
     measured: Callable[[Any], dict[str, Any]] | None = None
+    modes: dict[str, str] = field(default_factory=dict)
 
 
 #: Towers whose layers cannot do with fewer patches, and why.
@@ -57,6 +60,14 @@ WHOLE_TOWERS = {
     "qwen2_5_vl": "attends inside windows",
     "qwen3_vl": "of all patches",
     "internvl": "more than attention and MLP",
+}
+
+#: Ways that are no beam search, and what a beam search says of them.
+NOT_BEAMS = {
+    "decode": "greedy search",
+    "padded batch": "greedy search",
+    "two images": "greedy search",
+    "sampling": "asks for sample",
 }
 
 ROWS: dict[str, Row] = {
@@ -139,4 +150,5 @@ ROWS: dict[str, Row] = {
     "dola": Row("dola(layers=(0, 1, 2), beta=0.0)"),
     "revisit": Row("revisit(beta=0.0)"),
     "only": Row("only(beta=0.0)"),
+    "opera": Row("opera(num_attn_candidates=3)", after_prompt=True, modes=NOT_BEAMS),
 }

@@ -18,6 +18,8 @@ from tests.zoo import FAMILIES, build
 # A batch pads its rows, which changes the order of summation and nothing else; largest difference seen is 8e-6.
 TOLERANCE = 5e-5
 MODES = ("prefill", "decode", "padded batch", "two images", "beams", "sampling")
+#: What makes a call of ``generate`` one of a mode, where that is not greedy search.
+CALLS = {"beams": {"num_beams": 3, "do_sample": False}, "sampling": {"do_sample": True}}
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +69,14 @@ def cell(request, models, support, name, row, family):
             lmmhooks.wrap(zoo.model, row.spec)
         support.record(name, family, mode, f"refused: {row.refused[family]}")
         pytest.skip(f"refused by design: {row.refused[family]}")
+    if mode in row.modes:
+        with (
+            lmmhooks.wrap(zoo.model, row.spec),
+            pytest.raises(lmmhooks.LmmhooksError, match=row.modes[mode]),
+        ):
+            zoo.model.generate(**zoo.inputs(batch=1), **{"do_sample": False, **CALLS.get(mode, {})})
+        support.record(name, family, mode, f"refused: {row.modes[mode]}")
+        pytest.skip(f"refused by design: {row.modes[mode]}")
     yield zoo
     lmmhooks.unwrap(zoo.model)
     support.record(name, family, mode, "yes")

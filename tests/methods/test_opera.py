@@ -317,7 +317,7 @@ def test_candidates_are_the_most_likely_and_equals_go_by_their_id():
 
 def test_decoding_goes_back_behind_the_token_all_beams_have_pointed_at():
     method = Opera(threshold=3, num_attn_candidates=2)
-    pointing = torch.tensor([list(range(10)) + [11, 12, 12, 12, 12]] * 2)
+    pointing = torch.tensor([[*range(10), 11, 12, 12, 12, 12]] * 2)
     assert method.retrospect(pointing, {}) == 13
     assert method.retrospect(pointing[:, :-1], {}) is None, "three records are not more than three"
     apart = pointing.clone()

@@ -89,7 +89,7 @@ def mode(values: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Opera(SearchMethod):
-    """Penalise candidates of beam search by over-trust, and choose anew behind a token that keeps being over-trusted."""
+    """Penalise candidates of beam search by over-trust, and choose anew behind a token that keeps drawing it."""
 
     id: ClassVar[str] = "opera"
     paper: ClassVar[str] = "OPERA: Over-Trust Penalty and Retrospection-Allocation, CVPR 2024, arXiv:2311.17911"
