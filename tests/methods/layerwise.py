@@ -10,7 +10,7 @@ import torch
 import lmmhooks
 from lmmhooks.compat import takes_encoder_outputs
 from tests.reference.layers import NaiveReading, Rule, naive_generate
-from tests.zoo import Zoo, build
+from tests.zoo import VOCAB, Zoo, build
 
 # float32 through four layers in other batches, times weights of at most 4; largest difference seen is 2e-5.
 TOLERANCE = 5e-5
@@ -96,3 +96,34 @@ def check_one_pass(method: Any) -> None:
         hook.remove()
     assert calls.count("decoder") == STEPS
     assert calls.count("tower") == 1
+
+
+def check_other_loops(method: Any) -> None:
+    """Without a cache, and with several drafted tokens per forward: the greedy answer of a method without cut."""
+    zoo = build("qwen2_5_vl")
+    inputs = zoo.inputs()
+    # Words of the prompt alone, so that drafts are found there.
+    words = inputs["input_ids"][0, -5:-2].tolist()
+    others = [token for token in range(VOCAB) if token not in words]
+    arguments = {"max_new_tokens": 6, "do_sample": False, "suppress_tokens": others}
+    drafted = []
+    decoder = zoo.model.model.language_model
+    hook = decoder.register_forward_pre_hook(
+        lambda module, args, kwargs: drafted.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+    with lmmhooks.wrap(zoo.model, method):
+        plain = zoo.model.generate(**inputs, **arguments)
+        assert torch.equal(zoo.model.generate(**inputs, **arguments, use_cache=False), plain)
+        drafted.clear()
+        assert torch.equal(zoo.model.generate(**inputs, **arguments, prompt_lookup_num_tokens=2), plain)
+    hook.remove()
+    assert max(drafted[1:]) > 1, "no draft was read"
+
+
+def check_half_precision(method: Any) -> None:
+    """The arithmetic on logits is float32 whatever the weights are."""
+    zoo = build("llava", dtype=torch.bfloat16)
+    for logits in wrapped(zoo, zoo.inputs(batch=2), method, steps=2).logits:
+        assert logits.dtype == torch.float32
+        assert logits.isfinite().any(dim=1).all()
+        assert not logits.isnan().any()

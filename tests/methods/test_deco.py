@@ -10,7 +10,16 @@ import torch
 import lmmhooks
 from lmmhooks.errors import MethodError
 from lmmhooks.methods.decoding.deco import Deco, candidates, surest_layer
-from tests.methods.layerwise import MODES, check_composes, check_logits, check_one_pass, check_tokens, wrapped
+from tests.methods.layerwise import (
+    MODES,
+    check_composes,
+    check_half_precision,
+    check_logits,
+    check_one_pass,
+    check_other_loops,
+    check_tokens,
+    wrapped,
+)
 from tests.reference.layers import deco, shares
 from tests.zoo import build
 
@@ -34,6 +43,11 @@ def test_generates_the_tokens_of_the_naive_rendering(family, mode):
 @pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
 def test_composes(family):
     check_composes(family, METHOD)
+
+
+def test_without_cache_with_drafts_and_in_half_precision():
+    check_other_loops(Deco(alpha=ALPHA, layers=LAYERS, threshold_top_p=1.0, threshold_top_k=0))
+    check_half_precision(METHOD)
 
 
 def test_one_forward_per_step():

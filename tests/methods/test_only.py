@@ -11,7 +11,16 @@ import lmmhooks
 from lmmhooks.errors import MethodError, ModelError
 from lmmhooks.methods.decoding.base import plausible
 from lmmhooks.methods.decoding.only import Only, entropy_of, head_outputs, text_leaning, without_outliers
-from tests.methods.layerwise import MODES, check_composes, check_logits, check_one_pass, check_tokens, wrapped
+from tests.methods.layerwise import (
+    MODES,
+    check_composes,
+    check_half_precision,
+    check_logits,
+    check_one_pass,
+    check_other_loops,
+    check_tokens,
+    wrapped,
+)
 from tests.reference.layers import NaiveReading, only
 from tests.zoo import build
 
@@ -45,6 +54,11 @@ def test_generates_the_tokens_of_the_naive_rendering(family, mode):
 @pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
 def test_composes(family):
     check_composes(family, pair(layer=1)[0])
+
+
+def test_without_cache_with_drafts_and_in_half_precision():
+    check_other_loops(pair(beta=0.0)[0])
+    check_half_precision(pair()[0])
 
 
 def test_one_forward_per_step():
