@@ -125,6 +125,8 @@ class Patch:
         """
         from lmmhooks.prompting import answer
 
+        if (engine := self._runtime.answering) is not None:
+            return engine.answer(self.processor, image, prompt, **generate_kwargs)
         return answer(self.model, self.processor, image, prompt, **generate_kwargs)
 
     def __enter__(self) -> Self:

@@ -12,7 +12,7 @@ from torch import nn
 
 from lmmhooks.errors import PromptError
 
-__all__ = ["answer", "build_inputs", "decode_new", "open_image"]
+__all__ = ["answer", "as_images", "build_batch", "build_inputs", "decode_new", "open_image"]
 
 
 def open_image(source: Any) -> Image.Image:
@@ -67,6 +67,50 @@ def build_inputs(
     PromptError
         No processor, an empty prompt, or an image that cannot be read.
     """
+    opened, text = _rendered(processor, images, prompt)
+    inputs = processor(images=opened or None, text=[text], return_tensors="pt")
+    return _placed(inputs, device, dtype)
+
+
+def build_batch(
+    processor: Any,
+    images: Sequence[Sequence[Any]],
+    prompts: Sequence[str],
+    device: Any = None,
+    dtype: torch.dtype | None = None,
+) -> dict[str, Any]:
+    """
+    Model inputs for several questions, padded on the left.
+
+    Parameters
+    ----------
+    processor, device, dtype
+        As for `build_inputs`.
+    images
+        Those of each question.
+    prompts
+        The questions.
+
+    Raises
+    ------
+    PromptError
+        As `build_inputs`.
+    """
+    rows = [_rendered(processor, shown, prompt) for shown, prompt in zip(images, prompts, strict=True)]
+    shown = [opened for opened, _ in rows]
+    extra = {"images": shown} if any(shown) else {}
+    kwargs = {"padding": True, "padding_side": "left"}
+    inputs = processor(text=[text for _, text in rows], text_kwargs=kwargs, return_tensors="pt", **extra)
+    return _placed(inputs, device, dtype)
+
+
+def as_images(image: Any) -> list[Any]:
+    """What was given as image of a question, as a list: empty for None."""
+    return [] if image is None else list(image) if isinstance(image, (list, tuple)) else [image]
+
+
+def _rendered(processor: Any, images: Sequence[Any], prompt: str) -> tuple[list[Image.Image], str]:
+    """Opened images, and the prompt as the chat template writes it."""
     if processor is None:
         raise PromptError("no processor is known for this model; pass processor=... to wrap()")
     if not prompt.strip():
@@ -78,8 +122,11 @@ def build_inputs(
         )
     opened = [open_image(image) for image in images]
     content = [{"type": "image"} for _ in opened] + [{"type": "text", "text": prompt}]
-    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    inputs = processor(images=opened or None, text=[text], return_tensors="pt")
+    text: str = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    return opened, text
+
+
+def _placed(inputs: Any, device: Any, dtype: torch.dtype | None) -> dict[str, Any]:
     if device is not None:
         inputs = inputs.to(device)
     if dtype is None:
@@ -95,7 +142,7 @@ def decode_new(processor: Any, sequences: torch.Tensor, prompt_length: int) -> l
 
 def answer(model: nn.Module, processor: Any, image: Any, prompt: str, **generate_kwargs: Any) -> str:
     """Answer a question about an image (or several, or none); see `lmmhooks.patch.Patch.answer`."""
-    images = [] if image is None else list(image) if isinstance(image, (list, tuple)) else [image]
+    images = as_images(image)
     weight = next(model.parameters())
     inputs = build_inputs(processor, images, prompt, weight.device, weight.dtype)
     with torch.inference_mode():

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from lmmhooks.engines.answering import AnswerEngine
 from lmmhooks.engines.attention import AttentionEngine
 from lmmhooks.engines.caching import CacheEngine
 from lmmhooks.engines.decoding import BranchEngine
@@ -25,6 +26,7 @@ from lmmhooks.engines.tower import TowerEngine
 from lmmhooks.methods.attention.base import AttentionMethod
 from lmmhooks.methods.attention.steering import SteeringMethod
 from lmmhooks.methods.base import Method
+from lmmhooks.methods.decoding.answering import AnswerMethod
 from lmmhooks.methods.decoding.base import DecodingMethod
 from lmmhooks.methods.decoding.search import SearchMethod
 from lmmhooks.methods.reduction.base import ReductionMethod
@@ -100,6 +102,8 @@ def assemble(runtime: Runtime, methods: Sequence[Method]) -> None:
     if branching is not None:
         # After whatever shortens or steers states: those that the head reads are seen, counted from the end.
         branching.reader.attach(attach)
+    if answerers := _of_kind(methods, AnswerMethod):
+        AnswerEngine(runtime, answerers).attach(attach)
     if inside := _of_kind(reducers, TowerMethod):
         # Last: it takes the place of what other hooks on the MLPs of the tower edit.
         TowerEngine(runtime, inside[0]).attach(attach)

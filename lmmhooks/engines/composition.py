@@ -10,6 +10,7 @@ from lmmhooks.errors import MethodError
 from lmmhooks.methods.attention.base import AttentionMethod
 from lmmhooks.methods.attention.steering import SteeringMethod
 from lmmhooks.methods.base import Method
+from lmmhooks.methods.decoding.answering import AnswerMethod
 from lmmhooks.methods.decoding.base import DecodingMethod
 from lmmhooks.methods.decoding.search import SearchMethod
 from lmmhooks.methods.reduction.base import ReductionMethod
@@ -62,6 +63,8 @@ def _conflict(family: Any, old: Method, new: Method) -> str | None:
         return old.conflicts.get(new.id) or new.conflicts[old.id]
     if all(any(isinstance(part, (DecodingMethod, SearchMethod)) for part in m.parts()) for m in (old, new)):
         return "both define the next-token logits"
+    if isinstance(old, AnswerMethod) and isinstance(new, AnswerMethod):
+        return "both put the answer together"
     for one, other in ((old, new), (new, old)):
         if isinstance(one, SearchMethod) and (reason := _needs_one_token(one, other)):
             return reason
@@ -99,6 +102,8 @@ def _conflict(family: Any, old: Method, new: Method) -> str | None:
 
 def _needs_one_token(search: Method, other: Method) -> str | None:
     """Whether a method cannot do with steps that read several next tokens and take most of them back."""
+    if isinstance(other, AnswerMethod):
+        return f"{other.id} asks for single tokens and drawn replies, which {search.id}, a beam search, does not give"
     if isinstance(other, InjectionMethod):
         return f"images are inserted behind the newest token, of which {search.id} reads several at once"
     if isinstance(other, CacheMethod):

@@ -32,6 +32,7 @@ from lmmhooks.methods.base import Method
 from lmmhooks.vision import ENCODERS
 
 if TYPE_CHECKING:
+    from lmmhooks.engines.answering import AnswerEngine
     from lmmhooks.patch import Patch
 
 __all__ = ["Runtime", "find_runtime"]
@@ -64,6 +65,8 @@ class Runtime:
         """Attention read for its own sake, beside what methods need."""
         self.encoder_hook: Callable[[str, Callable[..., Any], dict[str, Any]], Any] | None = None
         """Runs the encoder instead of a plain call: decoding branches encode several variants of an image at once."""
+        self.answering: AnswerEngine | None = None
+        """Answers prompts in the place of a plain ``generate``: a method that asks several times."""
         self.listeners: Mapping[int, Callable[[AttentionCall], AttentionResult]] = {}
         """Decoder layers whose attention calls somebody answers while no prompt is followed."""
         self.row_keepers: list[RowKeeper] = []

@@ -70,6 +70,9 @@ NOT_BEAMS = {
     "sampling": "asks for sample",
 }
 
+#: Ways of a method that answers through `Patch.answer` alone.
+NOT_GENERATED = dict.fromkeys(("decode", "padded batch", "two images", "beams", "sampling"), "call patch.answer")
+
 ROWS: dict[str, Row] = {
     "attention-identity": Row("attention-identity", changes=False),
     "var": Row("var(sink_dims='any', tau=2.6, rho=0.3)"),
@@ -145,10 +148,15 @@ ROWS: dict[str, Row] = {
     "vdd": Row("vdd(beta=0.0)"),
     "avisc": Row("avisc(lam=0.5, beta=0.0)"),
     "mod": Row("mod(beta=0.0)"),
+    "causalmm": Row(
+        "causalmm(vision='uniform', language='reverse', layers=(1, 2), beta=0.0)",
+    ),
+    "sid": Row("sid(num_keep=3, beta=0.0)"),
     "pai-guidance": Row("pai-guidance(gamma=1.5, beta=0.0)"),
     "deco": Row("deco(threshold_top_p=1.0, threshold_top_k=0)"),
     "dola": Row("dola(layers=(0, 1, 2), beta=0.0)"),
     "revisit": Row("revisit(beta=0.0)"),
     "only": Row("only(beta=0.0)"),
+    "mvp": Row("mvp", after_prompt=True, modes=NOT_GENERATED),
     "opera": Row("opera(num_attn_candidates=3)", after_prompt=True, modes=NOT_BEAMS),
 }
