@@ -101,7 +101,8 @@ class Lqcd(DecodingMethod):
 
     def weights(self, main: Tensor, others: Sequence[Tensor], step: int, view: StepView) -> Sequence[float | Tensor]:
         alpha: float | Tensor = self.alpha
-        if self.sentiment:
+        # In controls, whose branches read the prompt as given, nothing was measured.
+        if self.sentiment and "strengths" in view.memory:
             alpha = self.alpha * view.memory["strengths"].to(main)[:, None]
         return [1 + alpha, -alpha]
 
@@ -137,8 +138,8 @@ class Lqcd(DecodingMethod):
         texts = token_texts(context.tokenizer, tokens[start:stop].tolist())
         keep = without_spans(texts, leads)
         left = "".join(text for text, kept in zip(texts, keep, strict=True) if kept)
-        if left.strip() == neutralised(query).strip():
+        if left == neutralised(query):
             question = tokens[start:stop][torch.tensor(keep, device=tokens.device)]
-        else:  # some token holds both what goes and what stays
+        else:  # a token holds both what goes and what stays, the blank before a word say
             question = tokens.new_tensor(encode(neutralised(query), context))
         return torch.cat([tokens[:start], question, tokens[stop:]])
