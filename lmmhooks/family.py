@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from . import families
 from .errors import ModelError, closest
+from .head import LanguageHead
 from .inputs import ModelInputs
 from .parts import LayerParts
 from .smaller import SmallerImages
@@ -30,7 +31,7 @@ _TOWERS = ("vision_tower", "visual", "vision_model", "vision_encoder", "image_en
 _PROJECTORS = ("multi_modal_projector", "mm_projector", "connector", "aligner", "projector")
 
 
-class Family(ModelInputs, LayerParts, SmallerImages):
+class Family(ModelInputs, LayerParts, LanguageHead, SmallerImages):
     """
     The parts of one loaded model, and the geometry of its visual tokens.
 
@@ -220,39 +221,6 @@ class Family(ModelInputs, LayerParts, SmallerImages):
         if self.projector is None or not self.projects_patches:
             raise ModelError(f"{type(self.model).__name__} does not turn single patches into tokens")
         return self.projector(features)
-
-    @property
-    def ties_embeddings(self) -> bool:
-        """Whether the head is the table of word embeddings, so that it takes an embedding back to its word."""
-        return getattr(self.lm_head, "weight", None) is self.text_model.get_input_embeddings().weight
-
-    def token_logits(self, states: Tensor, tokens: Tensor | None = None) -> Tensor:
-        """
-        What the model's head makes of states, as it does of its last ones.
-
-        Parameters
-        ----------
-        states
-            ``[..., D]``, after the final norm or as a method wants them.
-        tokens
-            Long ``[T]``, the entries of the vocabulary that are wanted; of a plain linear head, no others are computed.
-            None: all.
-
-        Returns
-        -------
-        Tensor
-            float32 ``[..., vocabulary]``, or ``[..., T]``.
-        """
-        head = self.lm_head
-        if tokens is not None and type(head) is nn.Linear and not head.weight.is_meta:
-            tokens = tokens.to(head.weight.device)
-            bias = None if head.bias is None else head.bias[tokens]
-            logits = nn.functional.linear(states.to(head.weight.device), head.weight[tokens], bias).float()
-        else:
-            logits = self.apply(head, states).float()
-            logits = logits if tokens is None else logits[..., tokens.to(logits.device)]
-        cap = getattr(self.text_config, "final_logit_softcapping", None)
-        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def describe(self) -> dict[str, Any]:
         """Facts about the model that fit into JSON."""

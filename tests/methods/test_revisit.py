@@ -9,7 +9,7 @@ import lmmhooks
 from lmmhooks.errors import MethodError
 from lmmhooks.methods.decoding import revisit as module
 from lmmhooks.methods.decoding.base import plausible
-from lmmhooks.methods.decoding.revisit import Revisit
+from lmmhooks.methods.decoding.revisit import Revisit, picked
 from tests.methods.layerwise import (
     MODES,
     check_composes,
@@ -120,6 +120,13 @@ def test_identical_candidates_give_the_answer_of_one():
             view.family = patch.family
             family_logits.append(Revisit(layers=(4,), beta=0.0).combine(main.clamp(min=-50), [], 0, view))
     torch.testing.assert_close(*family_logits, atol=1e-5, rtol=0)
+
+
+def test_candidates_are_counted_through_the_layers():
+    generator = torch.Generator().manual_seed(0)
+    states = [torch.randn(5, size, 3, generator=generator) for size in (4, 1, 2)]
+    index = torch.tensor([0, 3, 4, 5, 6])
+    assert torch.equal(picked(states, index), torch.cat(states, dim=1)[torch.arange(5), index])
 
 
 def test_rows_of_the_head_alone_are_those_of_the_whole_head():

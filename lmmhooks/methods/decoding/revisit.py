@@ -24,7 +24,7 @@ from lmmhooks.methods.decoding.base import DecodingMethod
 from lmmhooks.methods.decoding.early import BUCKETS, early_layers, mixture_divergence, within
 from lmmhooks.methods.decoding.view import StepView
 
-__all__ = ["Revisit", "restricted"]
+__all__ = ["Revisit", "picked", "restricted"]
 
 #: Layers of the authors' scripts.
 PUBLISHED: Mapping[str, str] = {"llava": "last", "qwen2_5_vl": "all"}
@@ -36,6 +36,32 @@ BLOCK = 2**24
 def restricted(logits: Tensor, keep: Tensor | None) -> Tensor:
     """Log-probabilities over the tokens that ``keep`` holds, -inf for others; both ``[B, vocabulary]``."""
     return (logits if keep is None else logits.masked_fill(~keep, -torch.inf)).log_softmax(dim=-1)
+
+
+def picked(states: Sequence[Tensor], index: Tensor) -> Tensor:
+    """
+    The candidate that every row chose, without a copy of all of them.
+
+    Parameters
+    ----------
+    states
+        Per layer ``[B, V, D]``, each with at least one token.
+    index
+        Long ``[B]``, counted through the layers.
+
+    Returns
+    -------
+    Tensor
+        ``[B, D]``.
+    """
+    chosen, start = states[0][:, 0].to(index.device), 0
+    for layer in states:
+        size = layer.shape[1]
+        place = (index - start).clamp(0, size - 1).to(layer.device)
+        here = layer.gather(1, place[:, None, None].expand(-1, 1, layer.shape[-1]))[:, 0].to(index.device)
+        chosen = torch.where((index >= start)[:, None], here, chosen)
+        start += size
+    return chosen
 
 
 @dataclass(frozen=True)
@@ -87,21 +113,19 @@ class Revisit(DecodingMethod):
 
     def combine(self, main: Tensor, others: Sequence[Tensor], step: int, view: StepView) -> Tensor:
         # Layer by layer, token by token: the first of equally close candidates is chosen.
-        shown = [(view.visual[layer], view.is_visual[layer]) for layer in self.reads_image(view.family)]
-        states, real = (
-            torch.cat([part.to(main.device) for part in parts], dim=1) for parts in zip(*shown, strict=True)
-        )
-        if not real.shape[1]:
+        layers = [layer for layer in self.reads_image(view.family) if view.visual[layer].shape[1]]
+        if not layers:
             return main
-        keep, tokens = self.keep(main), None
-        said = main
+        said, keep, tokens = main, self.keep(main), None
         if keep is not None:
             # Plausible in any row: the one number that the host has to know.
             tokens = keep.any(dim=0).nonzero().flatten()
             said, keep = main[:, tokens], keep[:, tokens]
-        distance = self._distance(said, keep, states, tokens, view.family).masked_fill(~real, torch.inf)
-        closest = distance.argmin(dim=1)[:, None, None].expand(-1, 1, states.shape[-1])
-        guide = view.family.token_logits(states.gather(1, closest)[:, 0], tokens).to(main.device)
+        shown = [view.visual[layer] for layer in layers]
+        real = torch.cat([view.is_visual[layer].to(main.device) for layer in layers], dim=1)
+        distance = torch.cat([self._distance(said, keep, states, tokens, view.family) for states in shown], dim=1)
+        closest = distance.masked_fill(~real, torch.inf).argmin(dim=1)
+        guide = view.family.token_logits(picked(shown, closest), tokens).to(main.device)
         scores = restricted(said, keep) + restricted(guide, keep)
         if tokens is not None:
             scores = torch.full_like(main, -torch.inf).index_copy(1, tokens, scores)
@@ -110,12 +134,8 @@ class Revisit(DecodingMethod):
     def _distance(
         self, said: Tensor, keep: Tensor | None, states: Tensor, tokens: Tensor | None, family: Any
     ) -> Tensor:
-        """``[B, candidates]`` from the prediction."""
+        """``[B, V]`` from the prediction, of the visual tokens of one layer."""
         kept = None if keep is None else keep[:, None]
-        return torch.cat(
-            [
-                mixture_divergence(said[:, None], family.token_logits(block, tokens).to(said.device), kept)
-                for block in states.split(max(1, BLOCK // said.numel()), dim=1)
-            ],
-            dim=1,
-        )
+        blocks = states.split(max(1, BLOCK // said.numel()), dim=1)
+        logits = (family.token_logits(block, tokens).to(said.device) for block in blocks)
+        return torch.cat([mixture_divergence(said[:, None], block, kept) for block in logits], dim=1)

@@ -29,7 +29,7 @@ class AttentionRow:
     value
         ``[B, Hkv, N, d]``.
     layout
-        Of the N positions, prompt and answer.
+        Of the N positions, prompt and answer; rows of branches, if there are any, follow the main ones.
     """
 
     weights: Tensor
@@ -158,9 +158,8 @@ class BranchAttention:
         ``from_earlier(name)`` hands out in later layers of the forward, in the coordinates of their sequence.
     weights_of
         ``weights_of(rows)``: float32 ``[B, H, R, N]`` after the softmax, of queries ``rows [B, R]``.
-    without
-        ``without(hidden)``: what the model's own function makes of it if the keys ``hidden`` (bool ``[B, Nq or 1, N]``)
-        are hidden as well; ``[B, H, Nq, d]``. None hides nothing.
+    plain
+        ``plain()``: what the model's own function makes of it, ``[B, H, Nq, d]``.
     """
 
     query: Tensor
@@ -173,4 +172,4 @@ class BranchAttention:
     keep_for_later: Callable[[str, Tensor], None]
     from_earlier: Callable[[str], Tensor]
     weights_of: Callable[[Tensor], Tensor]
-    without: Callable[[Tensor | None], Tensor]
+    plain: Callable[[], Tensor]
