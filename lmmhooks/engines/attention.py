@@ -123,10 +123,10 @@ class AttentionEngine:
         if state is None:
             listener = self.runtime.listeners.get(layer)
             return listener(call) if listener else call.run_base()
-        result = self._attend_rows(layer, state, call)
-        if self.branches is not None and layer in self.branches.layers:
-            result = self.branches.answer(layer, state, call, result)
-        return result
+        if self.branches is None or layer not in self.branches.layers:
+            return self._attend_rows(layer, state, call)
+        call = self.branches.hide(layer, state, call)
+        return self.branches.answer(layer, state, call, self._attend_rows(layer, state, call))
 
     def _attend_rows(self, layer: int, state: PromptState, call: AttentionCall) -> AttentionResult:
         if self.compute is not None:
@@ -154,6 +154,8 @@ class AttentionEngine:
             for probe in self.vision_probes[layer]:
                 if probe.kind == "keys":
                     probe.receive(k[:, :, first:])
+                elif probe.of_map is not None:
+                    probe.receive(probe.of_map(q, k, call.scaling)[:, None])
                 elif probe.kind == "cls":
                     weights = torch.softmax(row_scores(q[:, :, :1], k, call.scaling), dim=-1)
                     probe.receive(weights[:, :, 0, 1:])

@@ -53,8 +53,27 @@ class BranchAttender:
             if first >= 0
         }
 
+    def hide(self, layer: int, state: PromptState, call: AttentionCall) -> AttentionCall:
+        """The call, with the keys hidden that a method hides from its branches."""
+        stage = state.stage_at(layer)
+        hidden = {}
+        for branch in self.branches:
+            if (rows := self.rows.get(branch.name)) is not None:
+                keys = self.method.hide_keys(self._view(layer, state, stage, call, branch, rows), branch)
+                if keys is not None:
+                    hidden[branch.name] = keys
+        if not hidden:
+            return call
+        before, mask = stage.scratch.get("mask without hidden keys", ({}, None))
+        if before.keys() != hidden.keys() or any(before[name] is not keys for name, keys in hidden.items()):
+            mask = _mask(call, stage.layout, [(self.rows[name], keys) for name, keys in hidden.items()])
+            stage.scratch["mask without hidden keys"] = hidden, mask
+        return replace(call, mask=mask)
+
     def answer(self, layer: int, state: PromptState, call: AttentionCall, result: AttentionResult) -> AttentionResult:
         """The result of a call, with the rows of branches as the method wants them."""
+        if type(self.method).attend is DecodingMethod.attend:
+            return result
         stage = state.stage_at(layer)
         output, weights = result
         for branch in self.branches:
@@ -96,7 +115,7 @@ class BranchAttender:
             keep_for_later=partial(_note, memory, stage),
             from_earlier=partial(_recall, memory, stage, state, rows),
             weights_of=partial(_weights, own, layout),
-            without=partial(_without, own, layout),
+            plain=partial(_plain, own),
         )
 
 
@@ -115,27 +134,29 @@ def _weights(call: AttentionCall, layout: Layout, rows: Tensor) -> Tensor:
     return torch.softmax(hide(scores, _allowed(call, layout, rows)), dim=-1)
 
 
-def _without(call: AttentionCall, layout: Layout, hidden: Tensor | None) -> Tensor:
-    if hidden is None:
-        return call.run_base()[0].transpose(1, 2)
+def _plain(call: AttentionCall) -> Tensor:
+    return call.run_base()[0].transpose(1, 2)
+
+
+def _mask(call: AttentionCall, layout: Layout, hidden: Sequence[tuple[slice, Tensor]]) -> Tensor:
+    """The mask of a call, as its backend wants it, with more keys hidden from some of its rows."""
     if call.backend not in ("sdpa", "eager"):
         raise ModelError(
             f"attention backend {call.backend!r} takes no mask in which branches hide keys of their own; load the "
             "model with attn_implementation='sdpa'"
         )
     batch, _, queries, _ = call.query.shape
-    allowed = _allowed(call, layout, torch.arange(queries, device=call.query.device).expand(batch, -1))
-    hidden = hidden[:, None]
+    rows = torch.arange(queries, device=call.query.device).expand(batch, -1)
+    allowed = _allowed(call, layout, rows)
     if allowed is None:
-        allowed = torch.ones(batch, 1, queries, layout.length, dtype=torch.bool, device=hidden.device)
-    if allowed.dtype == torch.bool:
-        allowed = allowed & ~hidden
-        if call.backend == "eager":
-            lowest = torch.finfo(call.query.dtype).min
-            allowed = torch.zeros_like(allowed, dtype=call.query.dtype).masked_fill_(~allowed, lowest)
-    else:
-        allowed = allowed.masked_fill(hidden, torch.finfo(allowed.dtype).min)
-    return call.base(call.query, call.key, call.value, allowed)[0].transpose(1, 2)
+        allowed = torch.ones(batch, 1, queries, layout.length, dtype=torch.bool, device=call.query.device)
+    allowed = allowed.expand(batch, -1, -1, -1).clone()
+    lowest = torch.finfo(call.query.dtype).min
+    for where, keys in hidden:
+        allowed[where] = allowed[where].masked_fill(keys[:, None], False if allowed.dtype == torch.bool else lowest)
+    if allowed.dtype == torch.bool and call.backend == "eager":
+        return torch.zeros_like(allowed, dtype=call.query.dtype).masked_fill_(~allowed, lowest)
+    return allowed
 
 
 def _note(memory: dict[Any, Any], stage: Stage, name: str, values: Tensor) -> None:
@@ -153,4 +174,6 @@ def _recall(memory: dict[Any, Any], stage: Stage, state: PromptState, rows: slic
     wanted = stage.index[rows]
     prompt = values[..., : values.shape[-1] - state.grown]
     moved = transport(prompt.transpose(1, 2), length, before, wanted).transpose(1, 2)
-    return torch.cat([moved, values[..., values.shape[-1] - state.grown :]], dim=-1)
+    values = torch.cat([moved, values[..., values.shape[-1] - state.grown :]], dim=-1)
+    memory[name] = stage, values
+    return values

@@ -53,7 +53,8 @@ class VisionProbe:
         ``"cls"``: the row of the class token, ``[crops, H, patches]`` without the class column, not renormalised.
         ``"cls_wide"``: the same with all heads as one, ``[crops, 1, patches]``. ``"received"``: mean over query rows,
         ``[crops, H, patches]``, class row and column left out where there is one; ``"global"``: class row not left out.
-        ``"keys"``: ``[crops, H, patches, d]``.
+        ``"keys"``: ``[crops, H, patches, d]``. ``"map"``: what ``of_map`` makes of queries, keys and scaling,
+        ``[crops, 1, patches]``.
     receive
         Called once per attention call: once per crop batch (CLIP-like), once per image or window (Qwen-like).
     """
@@ -61,3 +62,4 @@ class VisionProbe:
     layer: int
     kind: str
     receive: Callable[[Tensor], None]
+    of_map: Callable[[Tensor, Tensor, float], Tensor] | None = None

@@ -69,7 +69,8 @@ class Readings:
                 self.decoder_probes.append(DecoderProbe(probe.layer, probe.rows, hears=partial(self.hear_rows, probe)))
             elif probe.signal.startswith("vision") and probe.signal not in _OUTPUTS:
                 kind = probe.signal.removeprefix("vision_")
-                self.vision_probes.append(VisionProbe(probe.layer, kind, _PatchListener(runtime, probe.name)))
+                listener = _PatchListener(runtime, probe.name)
+                self.vision_probes.append(VisionProbe(probe.layer, kind, listener, probe.of_map))
 
     def attach(self, attachments: Attachments) -> None:
         """Hook the layers whose inputs or outputs are read; must come after the hooks that shorten sequences."""
@@ -79,8 +80,10 @@ class Readings:
                 hook = partial(self._hear_states, probe.name)
                 attachments.pre_hook(family.layers[probe.layer], hook, f"input of decoder layer {probe.layer} (read)")
             elif probe.signal in _OUTPUTS:
-                hook = partial(self._hear_tower, probe)
-                attachments.hook(family.vision_layers[probe.layer], hook, f"output of vision layer {probe.layer}")
+                what = f"output of vision layer {probe.layer} ({probe.name})"
+                # Another engine may listen already; everything would be noted twice.
+                if what not in attachments.described:
+                    attachments.hook(family.vision_layers[probe.layer], partial(self._hear_tower, probe), what)
 
     def values(self, probe: Probe, state: PromptState, stage: Stage) -> Tensor:
         """

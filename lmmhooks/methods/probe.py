@@ -19,6 +19,7 @@ Signal = Literal[
     "vision_received",
     "vision_global",
     "vision_keys",
+    "vision_map",
     "vision_states",
     "vision_cls_state",
     "tower_kept",
@@ -77,7 +78,8 @@ class Probe:
         One number per token, head mean: ``"vision_cls"``, attention of the class token in vision layer ``layer``;
         ``"vision_cls_wide"``, the same as if all heads were one (PruMerge); ``"vision_received"``, mean attention a
         patch receives from patches, ``"vision_global"`` from patches and class token; ``"tower_kept"``, 1 for tokens
-        that came through a reduction inside the tower.
+        that came through a reduction inside the tower; ``"vision_map"``, whatever ``of_map`` makes of the attention of
+        vision layer ``layer``.
 
         A vector per token: ``"vision_states"``, output of vision layer ``layer``; ``"vision_cls_state"``, that of the
         class token of the token's crop; ``"vision_keys"``, keys there, heads side by side, with bias, after rotary
@@ -91,8 +93,11 @@ class Probe:
         For ``"decoder_rows"``: ``"last"`` prompt row, text rows ``"after_image"``, or ``"all"``.
     reduce
         For ``"decoder_rows"``: what is kept, ``[B, C, N]`` or ``[B, N]``, summed over the blocks of rows.
+    of_map
+        For ``"vision_map"``: from queries and keys ``[crops, H, n, d]``, class token first where there is one, and the
+        factor on their products to one number per patch, ``[crops, patches]``.
     label
-        Tells probes with different ``reduce`` apart.
+        Tells probes with different ``reduce`` or ``of_map`` apart.
     ahead
         For ``"decoder_rows"``: the layer is the one before which the method cuts; its attention is computed for the
         rows alone, on what is about to enter it.
@@ -102,6 +107,7 @@ class Probe:
     layer: int
     rows: Literal["last", "after_image", "all"] = "last"
     reduce: Callable[[RowsRead], Tensor] | None = None
+    of_map: Callable[[Tensor, Tensor, float], Tensor] | None = None
     label: str = ""
     ahead: bool = False
 
@@ -109,6 +115,8 @@ class Probe:
     def name(self) -> str:
         """Key of its values, such as ``"decoder_rows[1, last]"``."""
         details = [str(self.layer)]
+        if self.signal == "vision_map":
+            details.append(self.label)
         if self.signal == "decoder_rows":
             details += [self.rows, self.label, "ahead" if self.ahead else ""]
         return f"{self.signal}[{', '.join(part for part in details if part)}]"

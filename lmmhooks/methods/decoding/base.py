@@ -209,12 +209,12 @@ class DecodingMethod(Method):
         return ()
 
     def branch_layers(self, family: Any) -> Sequence[int]:
-        """Decoder layers in which `attend` answers for the rows of branches."""
+        """Decoder layers in which `hide_keys` and `attend` are asked about the rows of branches."""
         return ()
 
-    def attend(self, call: BranchAttention, branch: Branch) -> Tensor | None:
+    def hide_keys(self, call: BranchAttention, branch: Branch) -> Tensor | None:
         """
-        Attention of the rows of a branch in one of `branch_layers`; the main rows keep the model's own.
+        Keys that the rows of a branch do not see in one of `branch_layers`; other methods' edits see them hidden too.
 
         Parameters
         ----------
@@ -226,9 +226,25 @@ class DecodingMethod(Method):
         Returns
         -------
         Tensor or None
-            ``[B, H, Nq, d]``; None for what the model's own function makes of it.
+            Bool ``[B, Nq or 1, N]``, at least one key of every row left; None hides nothing.
         """
-        raise NotImplementedError
+        return None
+
+    def attend(self, call: BranchAttention, branch: Branch) -> Tensor | None:
+        """
+        Attention of the rows of a branch in one of `branch_layers`, in the place of the model's own and of any edits.
+
+        Parameters
+        ----------
+        call, branch
+            As in `hide_keys`.
+
+        Returns
+        -------
+        Tensor or None
+            ``[B, H, Nq, d]``; None for what the model and other methods make of it.
+        """
+        return None
 
     def select_rows(self, rows: Tensor, memory: dict[Any, Any]) -> None:
         """
@@ -290,9 +306,7 @@ class DecodingMethod(Method):
         """
         raise NotImplementedError
 
-    def transform_features(
-        self, features: tuple[Tensor, ...], branch: Branch, image: ImageView
-    ) -> tuple[Tensor, ...]:
+    def transform_features(self, features: tuple[Tensor, ...], branch: Branch, image: ImageView) -> tuple[Tensor, ...]:
         """
         Visual tokens of one image for a branch with ``image="features"``.
 
