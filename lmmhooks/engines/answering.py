@@ -147,7 +147,8 @@ class _Asker:
         """A number per reply that depends on what is asked, and on nothing else in the batch."""
         name = self.digest(image)
         seeds = []
-        for prompt, start in zip(prompts, starts or [None] * len(prompts), strict=True):
+        for row, prompt in enumerate(prompts):
+            start = None if starts is None else starts[row]
             key = hashlib.blake2b(name, digest_size=8)
             key.update(f"{seed}/{start}/{prompt}".encode())
             seeds.append(int.from_bytes(key.digest(), "little"))

@@ -94,12 +94,14 @@ class Mvp(AnswerMethod):
 
     def __post_init__(self) -> None:
         for name in ("weights", "instructions", "answers"):
-            value = getattr(self, name)
-            object.__setattr__(self, name, value if value is None or isinstance(value, str) else tuple(value))
+            value: Any = getattr(self, name)
+            # A text is a sequence too, of letters nobody means.
+            self._require(not isinstance(value, str), name, "a list with one entry per view or answer")
+            object.__setattr__(self, name, value if value is None else tuple(value))
         self._require(self.topk >= 1, "topk", "1 or more")
         self._require(0 <= self.threshold <= 1, "threshold", "in [0, 1]")
-        named = not isinstance(self.instructions, str) and all(isinstance(text, str) for text in self.instructions)
-        self._require(named and len(self.instructions) > 0, "instructions", "a list of texts, one per view")
+        named = len(self.instructions) > 0 and all(isinstance(text, str) for text in self.instructions)
+        self._require(named, "instructions", "a list of texts, one per view")
         total = sum(self.weights) if all(weight >= 0 for weight in self.weights) else 0
         count = len(self.instructions)
         allowed = f"{count} numbers, one per view, 0 or more and not all 0"
@@ -109,7 +111,7 @@ class Mvp(AnswerMethod):
         self._require(self.caption_tokens >= 1, "caption_tokens", "1 or more")
         self._require(self.path_tokens >= 1, "path_tokens", "1 or more")
         self._require(self.unknown in ("skip", "yes"), "unknown", "'skip' or 'yes'")
-        words = self.answers is None or (not isinstance(self.answers, str) and len(set(self.answers)) > 1)
+        words = self.answers is None or len(set(self.answers)) > 1
         self._require(words, "answers", "two words or more, or None")
         counts_for_yes = self.unknown != "yes" or (self.answers is not None and "Yes" in self.answers)
         self._require(counts_for_yes, "unknown", "'skip' where 'Yes' is none of the answers")
