@@ -102,7 +102,7 @@ class Patch:
 
     def answer(self, image: Any, prompt: str, **generate_kwargs: Any) -> str:
         """
-        Answer a question about an image.
+        Answer a question about an image; a method that asks several times for one answer acts here alone.
 
         Parameters
         ----------

@@ -21,8 +21,10 @@ from tests.reference.opera import Settings, opera
 from tests.zoo import END, EOS, IMAGE, START, VIDEO, VOCAB, build
 
 FAMILIES = ("llava", "llava_next", "qwen2_5_vl", "qwen3_vl", "internvl")
-# float32 through four layers in other batches, and float16 column products of a penalty of order 1.
-TOLERANCE = 1e-3
+# float32 through four layers in other batches; largest difference seen is 8e-6.
+TOLERANCE = 5e-5
+# Behind the tenth token penalties are float16 numbers of order 1: a product between two of them may fall either way.
+ROUNDING = 2e-3
 BEAMS = 2
 #: Attention of the tiny models is spread over some forty tokens: this scale keeps products within float16.
 ACTING = Opera(scale_factor=30.0, num_attn_candidates=4, penalty_weights=5.0, threshold=None)
@@ -72,11 +74,14 @@ def compare(out, expected, inputs, row, beams=BEAMS):
     answers = out.sequences[rows, inputs["input_ids"].shape[1] :].tolist()
     for answer, tokens in zip(answers, expected.answers, strict=True):
         assert answer[: len(tokens)] == tokens
-    torch.testing.assert_close(
-        out.sequences_scores[rows], torch.tensor(expected.values), atol=TOLERANCE, rtol=TOLERANCE
-    )
+    torch.testing.assert_close(out.sequences_scores[rows], torch.tensor(expected.values), atol=ROUNDING, rtol=0)
     for step, scores in enumerate(expected.scores):
-        torch.testing.assert_close(out.scores[step][rows], scores, atol=TOLERANCE, rtol=TOLERANCE)
+        # What must not be chosen lies near -1000, where float32 numbers are 6e-5 apart.
+        low = scores < -900
+        assert torch.equal(out.scores[step][rows] < -900, low)
+        seen = out.scores[step][rows].masked_fill(low, 0)
+        atol = TOLERANCE if step < 10 else ROUNDING
+        torch.testing.assert_close(seen, scores.masked_fill(low, 0), atol=atol, rtol=0)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
