@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 
 from lmmhooks.engines.attach import Attachments
 from lmmhooks.engines.branch_attention import BranchAttender
@@ -27,6 +27,7 @@ from lmmhooks.engines.branch_features import PromptAttention, PromptReader
 from lmmhooks.engines.branch_vision import BranchEncoder
 from lmmhooks.engines.branches import PromptStacker, StackedPrompt
 from lmmhooks.engines.lazy_branches import LazyBranches
+from lmmhooks.engines.prefix_sharing import SharedPrompt, can_share
 from lmmhooks.engines.step_reading import StepReader
 from lmmhooks.errors import MethodError, PromptError
 from lmmhooks.methods.decoding.base import DecodingMethod
@@ -49,6 +50,8 @@ class _Call:
     as_tuple: bool = False
     attention: PromptAttention | None = None
     """What branches that read after the main rows will know of those."""
+    shared: SharedPrompt | None = None
+    """Branches that read what they do not have in common with the main rows once those were read."""
     generated: int | None = None
     """Generated tokens in the prompt of a forward without cache."""
 
@@ -101,6 +104,17 @@ class BranchEngine:
         # Branches that had to read after the main rows join them for the answer. What other methods remember of the
         # main rows knows nothing of the branches', which then keep a forward of their own.
         self.merges = self.apart and not self.lazy and len(runtime.methods()) == 1 and not runtime.probes
+
+        # Methods below act on what a forward reads, and one of branches would not read its prompt from the beginning.
+        self.shares = (
+            bool(self.branches)
+            and not self.apart
+            and not self.stacker.same_tokens
+            and all(branch.image == "same" for branch in (self.stacker.main, *self.branches))
+            and len(runtime.methods()) == 1
+            and not runtime.probes
+            and not self.method.branch_layers(self.family)
+        )
 
     def attach(self, attachments: Attachments) -> None:
         """Hook the model; must come before the hooks that follow prompts, which are to see the stacked rows."""
@@ -164,8 +178,13 @@ class BranchEngine:
         if not self._caches(encoded):
             call.generated = self._count_uncached(encoded)
         if not self.apart:
+            stacked = self.stacker.stack(encoded, with_main=True)
+            if self.shares and self._caches(encoded) and can_share(self._inner_cache(encoded)):
+                call.shared = SharedPrompt.of(stacked, call.rows, self.family.visual_ids)
+            if call.shared is not None:
+                return self._prompt_forward(call, call.shared.main, encoded)
             call.blocks = 1 + len(self.branches)
-            return self._prompt_forward(call, self.stacker.stack(encoded, with_main=True), encoded)
+            return self._prompt_forward(call, stacked, encoded)
         self.attender.rows = {}
         self.prompt_reader.begin()
         call.attention = PromptAttention()
@@ -180,9 +199,7 @@ class BranchEngine:
         kwargs = stacked.kwargs
         self.attender.follow(len(kwargs["input_ids"]) // call.blocks, call.blocks)
         if self._caches(kwargs):
-            inner = kwargs.get("past_key_values")
-            inner = DynamicCache(config=self.family.text_config) if inner is None else inner
-            call.cache = BranchCache(inner, call.blocks, stacked.mask, stacked.next_position)
+            call.cache = BranchCache(self._inner_cache(kwargs), call.blocks, stacked.mask, stacked.next_position)
             kwargs["past_key_values"] = call.cache
         if not self.stacker.same_tokens:
             # Only the last position is the same place in prompts of different lengths.
@@ -232,6 +249,11 @@ class BranchEngine:
         wanted = kwargs.get("use_cache")
         return bool(getattr(self.family.text_config, "use_cache", True) if wanted is None else wanted)
 
+    def _inner_cache(self, kwargs: dict[str, Any]) -> Cache:
+        """The cache of the caller, or one as the model would make."""
+        given: Cache | None = kwargs.get("past_key_values")
+        return DynamicCache(config=self.family.text_config) if given is None else given
+
     def _count_uncached(self, kwargs: dict[str, Any]) -> int:
         """Generated tokens in a prompt that is read again at every step because there is no cache."""
         tokens = kwargs["input_ids"]
@@ -247,11 +269,9 @@ class BranchEngine:
     # -- branches on demand --------------------------------------------------------------------------------------------
 
     def _main_cache(self, kwargs: dict[str, Any], lazy: LazyBranches) -> BranchCache:
-        inner = kwargs.get("past_key_values")
-        inner = DynamicCache(config=self.family.text_config) if inner is None else inner
         rows = torch.zeros(kwargs["input_ids"].shape[0], dtype=torch.long, device=kwargs["input_ids"].device)
         # Mask and positions of main rows are the caller's; this cache only tells the branches what happens to the rows.
-        cache = BranchCache(inner, 1, None, rows)
+        cache = BranchCache(self._inner_cache(kwargs), 1, None, rows)
         cache.follower = lazy
         return cache
 
@@ -271,6 +291,20 @@ class BranchEngine:
     def _continue_lazily(self, tokens: Tensor, cache: BranchCache, logits_to_keep: Any) -> tuple[Tensor, BranchCache]:
         kwargs = self._continuation(cache, {"input_ids": tokens})
         return self._run({**kwargs, "past_key_values": cache, "logits_to_keep": logits_to_keep}), cache
+
+    def _read_suffixes(self, call: _Call, shared: SharedPrompt) -> list[Tensor]:
+        """Logits ``[B, 1, vocabulary]`` per branch, which joins the rows of the main cache."""
+        state, num, cache = self.runtime.last_state, len(self.branches), call.cache
+        assert cache is not None
+        kwargs, prefix, begun = shared.suffix(cache, DynamicCache(config=self.family.text_config))
+        branches = BranchCache(prefix, num, None, shared.stacked.next_position[..., call.rows :])
+        self.runtime.adopt(branches, begun)
+        logits = self._run({**kwargs, "past_key_values": branches, "logits_to_keep": 1})
+        cache.append(branches)
+        cache.mask, cache.next_position = shared.stacked.mask, shared.stacked.next_position
+        state.read(shared.stacked.layout, shared.stacked.mask)
+        state.blocks = 1 + num
+        return list(logits.unflatten(0, (num, call.rows)))
 
     def _run(self, kwargs: dict[str, Any]) -> Tensor:
         """A forward of the branch rows alone, inside the forward of the caller."""
@@ -303,6 +337,8 @@ class BranchEngine:
             call.attention.of_image = self.prompt_reader.end(state.layout)
         logits = output.logits.float().unflatten(0, (call.blocks, call.rows))
         main, others = logits[0], list(logits[1:])
+        if call.shared is not None:
+            others = self._read_suffixes(call, call.shared)
         grown = state.grown if call.generated is None else call.generated
         if call.lazy is None:
             combined = self._combine(main, others, grown)

@@ -95,6 +95,10 @@ class Runtime:
         """State of the prompt that a cache holds; None for an empty one and for one that was not read here."""
         return self._states.get(cache) if isinstance(cache, Cache) and cache.get_seq_length() else None
 
+    def adopt(self, cache: Cache, state: PromptState) -> None:
+        """A cache was put together from others: this is what is known of the prompt it holds."""
+        self._states[cache] = state
+
     # -- patches ------------------------------------------------------------------------------------------------------
 
     def methods(self) -> list[Method]:
