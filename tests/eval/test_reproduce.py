@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 
 import lmmhooks
+from lmmhooks.methods.decoding.answering import AnswerMethod
 from lmmhooks_eval import recipes
 from lmmhooks_eval import runner as runner_module
 from lmmhooks_eval.loading import load_model
 from lmmhooks_eval.recipe import BASELINE, Recipe
 from lmmhooks_eval.runner import run
 from lmmhooks_eval.score import score_run
+from lmmhooks_eval.store import read_samples
 from lmmhooks_eval.sweep import split_name
 from tests.conformance.table import ROWS
 
@@ -30,11 +32,16 @@ SWEEPS = {"reduction-sweep": "llava", "reduction-sweep-qwen": "qwen2_5_vl"}
 #: depth and grid, four pivots of each kind would be most of seven tokens, and ranks do not grow with the image.
 DIFFERS = {
     *("sink_dims", "clip", "layer", "layers", "window", "pivots", "text_pivots", "scale", "bias"),
-    *("keep", "budget", "second", "num_top"),
+    *("keep", "budget", "second", "num_top", "num_keep", "topk"),
 }
-COUNTS = ("keep", "budget", "second", "num_top")
-#: Reducers whose twins are run in full by the tests: one of every engine.
-RUN = ("visionzip", "tome", "sparsevlm", "yopo", "look-m", "tvc")
+COUNTS = ("keep", "budget", "second", "num_top", "num_keep", "topk")
+#: What a twin generates as the recipe of the paper does; the longest answer is the task's own.
+MODES = {"do_sample", "temperature", "top_p", "top_k", "num_beams"}
+CONTROLS = ("decoding-controls", "decoding-controls-qwen")
+CONTROLS_SAMPLING = ("decoding-controls-sampling", "decoding-controls-sampling-qwen")
+BEAMS = "decoding-controls-beams"
+#: Reducers and decoding methods whose twins are run in full by the tests: one of every engine and kind of branch.
+RUN = ("visionzip", "tome", "sparsevlm", "yopo", "look-m", "tvc", "vcd", "icd", "sid", "deco", "opera", "olm")
 
 
 def methods_of_kind(kind: str) -> set[str]:
@@ -47,11 +54,11 @@ def of_papers() -> list[str]:
 
 
 def parts(name: str) -> tuple[str, str, str]:
-    """Method, checkpoint and task that the name of a recipe says."""
+    """What is run (a method, and its mode if it has several recipes), checkpoint and task, as a recipe's name says."""
     found = re.fullmatch(r"reproduce/(.+)-(llava-1\.5-7b|llava-next-7b|qwen2\.5-vl-3b)-(\w+)", name)
     assert found is not None, f"{name} names no known checkpoint"
-    method, model, task = found.groups()
-    return method, model, task
+    label, model, task = found.groups()
+    return label, model, task
 
 
 def share(amount: Any, tokens: int | None) -> float | None:
@@ -63,10 +70,11 @@ def share(amount: Any, tokens: int | None) -> float | None:
 def test_every_recipe_of_a_paper_has_an_offline_twin(name: str) -> None:
     recipe = recipes.load(name)
     (plan,) = recipe.tasks
-    method, model, task = parts(name)
+    label, model, task = parts(name)
+    method = re.sub("-(greedy|sampling)$", "", label)
     assert task == plan.name
     small_model, tokens = MODELS.get(model, MODELS["llava-1.5-7b"])
-    twin = recipes.load(f"reproduce/offline/{method}-{small_model}-{TWINS[plan.name]}")
+    twin = recipes.load(f"reproduce/offline/{label}-{small_model}-{TWINS[plan.name]}")
     assert [each.name for each in twin.tasks] == [TWINS[plan.name]]
     assert twin.model == small_model
     ours, theirs = twin.methods(), recipe.methods()
@@ -83,9 +91,8 @@ def test_every_recipe_of_a_paper_has_an_offline_twin(name: str) -> None:
             # Half a token by rounding; two where the first cut, one layer in eight, spends more than the share.
             scaled = share(full.settings()[count], tokens), share(small.settings()[count], SMALL_TOKENS)
             assert scaled[1] == pytest.approx(scaled[0], abs=2 / SMALL_TOKENS), (variant, count)
-    sampling = {"do_sample", "temperature", "top_p"}
-    generation = {key: value for key, value in plan.generation.given().items() if key in sampling}
-    assert {key: value for key, value in twin.tasks[0].generation.given().items() if key in sampling} == generation
+    generation = {key: value for key, value in plan.generation.given().items() if key in MODES}
+    assert {key: value for key, value in twin.tasks[0].generation.given().items() if key in MODES} == generation
 
 
 @pytest.mark.parametrize("name", REPRODUCE)
@@ -117,6 +124,40 @@ def test_every_reducer_has_an_offline_recipe() -> None:
     assert {method.id for method in built if method.kind == "reduction"} == methods_of_kind("reduction")
 
 
+def of_kind_decoding(name: str) -> set[str]:
+    methods = recipes.load(name).methods()
+    return {method.id for built in methods.values() for method in built if method.kind == "decoding"}
+
+
+def generated() -> set[str]:
+    """Decoding methods and controls that act through generate, which is what the harness calls."""
+    return {name for name in methods_of_kind("decoding") if not issubclass(lmmhooks.methods()[name], AnswerMethod)}
+
+
+def test_every_decoding_method_and_control_has_an_offline_recipe() -> None:
+    assert set().union(*(of_kind_decoding(name) for name in OFFLINE)) == generated()
+
+
+@pytest.mark.parametrize("name", [*CONTROLS, *CONTROLS_SAMPLING])
+def test_the_controls_recipes_hold_every_decoding_method(name: str) -> None:
+    recipe = recipes.load(name)
+    searching = {method for method in generated() if ROWS[method].modes}
+    assert of_kind_decoding(name) == generated() - searching
+    assert of_kind_decoding(BEAMS) >= searching
+    sampled = {bool(plan.generation.do_sample) for plan in recipe.tasks}
+    assert sampled == {name in CONTROLS_SAMPLING}
+
+
+@pytest.mark.parametrize("name", CONTROLS_SAMPLING)
+def test_every_published_cut_is_sampled_alone(name: str) -> None:
+    """A method's gain under sampling means something beside that of its own cut."""
+    built = [method for methods in recipes.load(name).methods().values() for method in methods]
+    alone = {method.beta for method in built if method.id == "apc-only"}
+    # Controls take the cut of the method they name; those of revisit and inter keep next to everything.
+    cuts = {method.beta for method in built if method.paper != "none; control" and method.beta >= 0.05}
+    assert cuts <= alone
+
+
 @pytest.mark.parametrize("name", SWEEPS)
 def test_the_sweeps_hold_every_reducer_that_serves_their_model(name: str) -> None:
     methods = recipes.load(name).methods()
@@ -141,7 +182,7 @@ def test_swept_shares_are_what_methods_are_given(name: str) -> None:
 
 @pytest.mark.parametrize("model", ["tiny-llava", "tiny-qwen"])
 def test_every_variant_fits_the_model_of_its_recipe(model: str) -> None:
-    shipped = [recipes.load(name) for name in (*OFFLINE, *SWEEPS)]
+    shipped = [recipes.load(name) for name in (*OFFLINE, *SWEEPS, *CONTROLS, *CONTROLS_SAMPLING, BEAMS)]
     here = [recipe for recipe in shipped if recipe.model == model]
     assert here
     patched, processor = load_model(here[0])
@@ -174,7 +215,7 @@ def _small(recipe: Recipe) -> Recipe:
 
 
 def _runs(name: str) -> bool:
-    """Twins of attention methods on tiny-llava, and of a few reducers."""
+    """Twins of attention methods on tiny-llava, and of a few reducers and decoding methods."""
     recipe = recipes.load(name)
     found = {method.id for built in recipe.methods().values() for method in built}
     return recipe.model == "tiny-llava" and found <= {*methods_of_kind("attention"), *RUN}
@@ -189,6 +230,36 @@ def test_offline_twins_run(name: str, loaded: tuple[Any, Any], tmp_path: Path, m
     assert scored["problems"] == []
     (task,) = scored["tasks"].values()
     assert list(task["variants"]) == ["baseline", *recipe.variants]
+
+
+def test_controls_that_know_nothing_new_answer_as_the_model_does(
+    loaded: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under greedy decoding neither a cut nor a scale nor branches that show the original may change an answer."""
+    monkeypatch.setattr(runner_module, "load_model", lambda recipe: loaded)
+    recipe = _small(recipes.load("decoding-controls"))
+    silent = ("apc-only", "temperature", "equal-branch")
+    kept = {name: specs for name, specs in recipe.variants.items() if name in (*silent, "sign-flip-vcd", "yes-minus-1")}
+    assert run(recipe.model_copy(update={"variants": kept}), tmp_path / "run") == []
+    answers: dict[str, list[str]] = {}
+    for record in read_samples(tmp_path / "run"):
+        answers.setdefault(record["variant"], []).append(record["text"])
+    assert all(answers[name] == answers[BASELINE] for name in silent)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["decoding-controls", "decoding-controls-sampling", BEAMS])
+def test_every_decoding_method_runs_on_the_trained_model(
+    name: str, loaded: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner_module, "load_model", lambda recipe: loaded)
+    recipe = _small(recipes.load(name))
+    assert run(recipe, tmp_path / "run") == []
+    scored = score_run(tmp_path / "run")
+    assert scored["problems"] == []
+    for task in scored["tasks"].values():
+        assert set(task["variants"]) == {"baseline", *recipe.variants}
+        assert all(figures["n"] > 0 for figures in task["variants"].values())
 
 
 @pytest.mark.slow

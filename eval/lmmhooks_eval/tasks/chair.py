@@ -41,6 +41,8 @@ _PROMPTS = {
     "detail": "Please describe this image in detail.",
     # PAI and what was built on it: VISTA, heads-guided.
     "pai": "Please help me describe the image in detail.",
+    # DAMRO.
+    "short": "Generate a short caption of this image.",
 }
 
 
