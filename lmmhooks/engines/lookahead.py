@@ -62,7 +62,7 @@ class Siblings:
 
     def __init__(self, runtime: Runtime, name: str) -> None:
         family = runtime.family
-        refuse_layers(family, name)
+        refuse_layers(family, "search of candidates")
         backend = base_name(family.text_config)
         if backend not in ("sdpa", "eager"):
             raise ModelError(

@@ -175,7 +175,13 @@ def test_strength_zero_is_the_model_itself_in_every_mode():
 
 
 @pytest.mark.parametrize(
-    "others", [["fastervlm(keep=4)"], ["var(sink_dims='any', tau=2.6, rho=0.3)"], ["fastv(keep=4)"]]
+    "others",
+    [
+        ["fastervlm(keep=4)"],
+        ["var(sink_dims='any', tau=2.6, rho=0.3)"],
+        ["fastv(keep=4)"],
+        ["vista(lam=0.5)", "vhr"],
+    ],
 )
 def test_it_composes_with_what_shortens_prompts_and_edits_attention(others):
     zoo = speaking("qwen2_5_vl")
@@ -267,6 +273,8 @@ def test_models_and_methods_it_cannot_stand_beside_are_refused():
         ("vcd", "next-token logits"),
         ("tvc(trigger='every', every=2, bridge=(20, 21))", "newest token"),
         ("look-m", "every head keeps"),
+        ("cmai(focus_layer=1)", "remembers every token"),
+        ("memvr", "once per forward"),
     ):
         with pytest.raises(MethodError, match=why):
             lmmhooks.wrap(zoo.model, "opera", other)

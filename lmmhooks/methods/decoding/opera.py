@@ -94,6 +94,9 @@ class Opera(SearchMethod):
     id: ClassVar[str] = "opera"
     paper: ClassVar[str] = "OPERA: Over-Trust Penalty and Retrospection-Allocation, CVPR 2024, arXiv:2311.17911"
     code: ClassVar[str] = "https://github.com/shikiw/OPERA"
+    conflicts: ClassVar[Mapping[str, str]] = {
+        "memvr": "memvr decides once per forward, at its last token, where opera reads several next tokens in one"
+    }
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "fast": {"num_attn_candidates": 1, "threshold": 25},  # the authors' advice where time is short
     }
