@@ -20,7 +20,7 @@ from lmmhooks.engines.attach import Attachments
 from lmmhooks.errors import PromptError
 from lmmhooks.methods.decoding.answering import AnswerMethod, Draw, Reply
 from lmmhooks.methods.words import token_texts
-from lmmhooks.prompting import as_images, build_batch, open_image
+from lmmhooks.prompting import answer, as_images, build_batch, open_image
 
 if TYPE_CHECKING:
     from lmmhooks.engines.runtime import Runtime
@@ -63,20 +63,12 @@ class AnswerEngine:
         PromptError
             As there.
         """
-        ask = _Asker(self, processor)
-        if not as_images(image):
-            # There is nothing to look at in several ways.
-            number = generate_kwargs.pop("max_new_tokens", None) or 20
-            [reply] = ask(None, [prompt], max_new_tokens=number, **generate_kwargs)
-            return reply.text
-        return self.method.answer(ask, image, prompt, **generate_kwargs)
-
-    def generate(self, **kwargs: Any) -> Any:
-        """``model.generate`` past the guard."""
         self._asking = True
         try:
-            with torch.inference_mode():
-                return self.runtime.family.model.generate(**kwargs)
+            if as_images(image):
+                return self.method.answer(_Asker(self, processor), image, prompt, **generate_kwargs)
+            # There is nothing to look at in several ways.
+            return answer(self.runtime.family.model, processor, image, prompt, **generate_kwargs)
         finally:
             self._asking = False
 
@@ -99,7 +91,8 @@ class _Asker:
         draw: Draw | None = None,
         **generate_kwargs: Any,
     ) -> list[Reply]:
-        weight = next(self.engine.runtime.family.model.parameters())
+        model = self.engine.runtime.family.model
+        weight = next(model.parameters())
         images = as_images(image)
         inputs = build_batch(self.processor, [images] * len(prompts), prompts, weight.device, weight.dtype)
         if starts is not None:
@@ -110,16 +103,15 @@ class _Asker:
             length = int(inputs["input_ids"].shape[1])
             processors.append(_OwnNumbers(draw, seeds, length, max_new_tokens))
         arguments = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, **generate_kwargs}
-        if draw is not None:
-            arguments |= {"do_sample": False}
-        out = self.engine.generate(
-            **inputs,
-            **arguments,
-            max_new_tokens=max_new_tokens,
-            logits_processor=processors,
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
+        with torch.inference_mode():
+            out = model.generate(
+                **inputs,
+                **arguments,
+                max_new_tokens=max_new_tokens,
+                logits_processor=processors,
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
         new = out.sequences[:, inputs["input_ids"].shape[1] :].tolist()
         logits = torch.stack(out.logits, dim=1).float()
         return [self._reply(tokens, row) for tokens, row in zip(new, logits, strict=True)]

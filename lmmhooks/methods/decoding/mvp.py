@@ -68,7 +68,7 @@ class Mvp(AnswerMethod):
     """Ask through three captions of the image and along K first tokens."""
 
     id: ClassVar[str] = "mvp"
-    paper: ClassVar[str] = "Look, Compare, Decide: Multi-View Multi-Path Reasoning, COLING 2025, arXiv:2408.17150"
+    paper: ClassVar[str] = "Look, Compare, Decide: Multi-View Multi-Path Reasoning, arXiv:2408.17150"
     code: ClassVar[str] = "https://github.com/GasolSun36/MVP"
 
     topk: int = setting(3, help="First tokens explored per view, 1 or more (the authors' script: 3; their default: 5).")
