@@ -168,6 +168,12 @@ class ShownImages:
             out[_place_of(span)] = shown
         return out
 
+    def known(self, modality: str, stage: ImageStage, branch: Branch) -> list[ImageView]:
+        """What is known of every image of an encoder call; rows that repeat a prompt say the same of it."""
+        view = self._viewer(branch, stage)
+        first = {span.source: span for span in reversed(spans_in_order(stage.layout, modality))}
+        return [view(first[source]) for source in sorted(first)]
+
     # -- what a method sees of an image --------------------------------------------------------------------------------
 
     def _viewer(self, branch: Branch, stage: ImageStage) -> Callable[[VisualSpan], ImageView]:

@@ -24,11 +24,15 @@ from lmmhooks.vision import VisionInputs
 
 if TYPE_CHECKING:
     from lmmhooks.engines.runtime import Runtime
+    from lmmhooks.methods.decoding.view import ImageView
 
 __all__ = ["BranchEncoder", "EncodedImages", "Entry", "entries_of", "image_generator", "with_entries"]
 
 #: Features of one image or tile: ``pooler_output`` first, then one tensor per deepstack layer.
 Entry = tuple[Tensor, ...]
+
+#: What is known of the images of an encoder call in a branch.
+Views = Callable[[Branch], "list[ImageView]"]
 
 _RECORD = "_lmmhooks_branches"
 #: Arguments that may be lists and still run along the images.
@@ -175,18 +179,27 @@ class BranchEncoder:
         record: EncodedImages | None = getattr(output, _RECORD, None)
         return record
 
-    def ensure_variants(self, record: EncodedImages) -> None:
-        """Encode the variants if that was put off."""
+    def ensure_variants(self, record: EncodedImages, views: Views | None = None) -> None:
+        """
+        Encode the variants if that was put off.
+
+        Parameters
+        ----------
+        record
+            Of the encoder call.
+        views
+            For branches that read after the main rows: what is known of the images of the call, by branch.
+        """
         if self.variants and record.joint is None:
             self.runtime.readings = {}
-            self._encode_variants(record).probes = self.runtime.readings
+            self._encode_variants(record, views).probes = self.runtime.readings
 
-    def _encode_variants(self, record: EncodedImages) -> VisionInputs:
+    def _encode_variants(self, record: EncodedImages, views: Views | None = None) -> VisionInputs:
         names = [""] if self.shows_given else []
         calls = [record.arguments] if self.shows_given else []
         for branch in self.variants:
             names.append(branch.name)
-            calls.append(self._transformed(record, branch))
+            calls.append(self._transformed(record, branch, views(branch) if views and branch.after_main else []))
         merged = _merge(calls)
         output = record.encode(**merged)
         record.joint = joint = VisionInputs(record.modality, merged, output)
@@ -194,15 +207,21 @@ class BranchEncoder:
         record.num_entries = joint.num_entries // len(calls)
         return joint
 
-    def _transformed(self, record: EncodedImages, branch: Branch) -> dict[str, Any]:
+    def _transformed(self, record: EncodedImages, branch: Branch, views: Sequence[ImageView]) -> dict[str, Any]:
         """Arguments of the call with the pixels of a branch."""
         family, method = self.runtime.family, self.method
         vision = VisionInputs(record.modality, record.arguments, BaseModelOutputWithPooling(pooler_output=[]))
         changed = []
-        for index, image in enumerate(family.unpack_pixels(vision)):
+        images = family.unpack_pixels(vision)
+        # Some encoders take tiles, several of which make up an image.
+        tiles = [(view, tile) for view in views for tile in range(len(view.tokens.grids))]
+        known = [(view, 0) for view in views] if len(views) == len(images) else tiles
+        for index, image in enumerate(images):
             pixels = image.float()
             generator = image_generator(pixels, branch, getattr(method, "seed", 0))
-            context = BranchContext(family, self.runtime.processor, index, notes=record.notes)
+            view, crop = known[index] if views else (None, 0)
+            processor = self.runtime.processor
+            context = BranchContext(family, processor, index, notes=record.notes, image=view, crop=crop)
             out = method.transform_pixels(pixels, branch, generator, context)
             if out.shape != pixels.shape:
                 raise MethodError(

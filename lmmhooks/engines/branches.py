@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -206,7 +207,7 @@ class PromptStacker:
         """
         input_ids, mask = tokens_of(kwargs)
         outputs: dict[str, Any] = kwargs["mm_encoder_outputs"]
-        records = {modality: self._record(output) for modality, output in outputs.items()}
+        records = self._records(input_ids, mask, outputs, attention)
         self.memory, self.notes = {}, [note for record in records.values() if record for note in record.notes]
         visions = {
             modality: record.as_given(outputs[modality]) if record else VisionInputs(modality, {}, outputs[modality])
@@ -238,11 +239,21 @@ class PromptStacker:
                 readings.append(self._read(branch, main, text, kwargs, images))
         return self._join(kwargs, readings, outputs, records, visions)
 
-    def _record(self, output: Any) -> EncodedImages | None:
-        record = self.encoder.record_of(output)
-        if record is not None:
-            self.encoder.ensure_variants(record)
-        return record
+    def _records(
+        self, input_ids: Tensor, mask: Tensor, outputs: Mapping[str, Any], attention: PromptAttention | None
+    ) -> dict[str, EncodedImages | None]:
+        """What was noted of the encoder calls, variants of branches encoded by now."""
+        records = {modality: self.encoder.record_of(output) for modality, output in outputs.items()}
+        images: ImageStage | None = None
+        if any(branch.after_main for branch in self.encoder.variants):
+            visions = {m: record.as_given(outputs[m]) for m, record in records.items() if record is not None}
+            given = build_layout(input_ids, mask, self.family, list(visions.values()))
+            images = ImageStage(input_ids, mask, given, {}, visions, records, attention)
+        for modality, record in records.items():
+            if record is not None:
+                views = None if images is None else partial(self.shown.known, modality, images)
+                self.encoder.ensure_variants(record, views)
+        return records
 
     def _texts(
         self,

@@ -148,6 +148,7 @@ ROWS: dict[str, Row] = {
     "vdd": Row("vdd(beta=0.0)"),
     "avisc": Row("avisc(lam=0.5, beta=0.0)"),
     "mod": Row("mod(beta=0.0)"),
+    "agla": Row("agla(relevance='attention', similarity=1.0, beta=0.0)"),
     "causalmm": Row(
         "causalmm(vision='uniform', language='reverse', layers=(1, 2), beta=0.0)",
     ),

@@ -297,7 +297,8 @@ class DecodingMethod(Method):
         generator
             On the CPU, seeded by the method's ``seed`` and the pixels: an image gets the same numbers in any batch.
         context
-            Knows by what pixels are normalised, and keeps notes.
+            Knows by what pixels are normalised, and keeps notes; in a branch that reads after the main one also what
+            was asked of the image, and what was attended to.
 
         Returns
         -------

@@ -13,6 +13,8 @@ from lmmhooks.errors import PromptError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from lmmhooks.methods.decoding.view import ImageView
+
 __all__ = ["CLIP_MEAN", "CLIP_STD", "BranchContext", "token_ids", "tokenizer_of"]
 
 #: What pixels of LLaVA and Qwen-VL are normalised by; assumed where no processor says otherwise.
@@ -35,6 +37,10 @@ class BranchContext:
         Which image of the encoder call, or which row of the prompt.
     memory
         Of the prompt, the very dictionary that `StepView.memory` is; images have none, for they are encoded before.
+    image
+        What is known of the image, for branches that read after the main one; None for the others.
+    crop
+        Which crop of that image the first of the given pixels are; more follow in order.
     notes
         What is worth knowing afterwards (the transform an image was given, the wording of a query), as mappings that
         JSON can hold; they end up in ``patch.stats.notes``.
@@ -45,6 +51,8 @@ class BranchContext:
     index: int = 0
     memory: dict[Any, Any] = field(default_factory=dict)
     notes: list[dict[str, Any]] = field(default_factory=list)
+    image: ImageView | None = None
+    crop: int = 0
 
     @property
     def tokenizer(self) -> Any:
