@@ -81,7 +81,7 @@ REDUCTION_METHODS ?= $(foreach id,random uniform-grid pool downsample fastervlm 
   --method "sparsevlm(layers=(1, 2, 4), budget=$(BUDGET))"
 REDUCTION_TOWER ?= $(foreach id,tome evit flowcut,--method "$(id)(keep=$(BUDGET))") --method "ats(num_samples=193)"
 REDUCTION_WHOLE ?= --method "shortv(layers=(0, 4, 5, 6, 7))" --method naavit --method yopo --method pbs \
-  --method dyvte --method look-m --method "vl-cache(alpha=$(BUDGET))"
+  --method a-shape --method dyvte --method look-m --method "vl-cache(alpha=$(BUDGET))"
 BENCH_REDUCTION = $(BIN)/lmmhooks bench --layers $(REDUCTION_LAYERS) --repeat $(REDUCTION_ROUNDS) --dtype $(DTYPE) \
   --decode-tokens 2 --no-disabled $(REDUCTION_METHODS) $(REDUCTION_WHOLE)
 
