@@ -42,6 +42,7 @@ class VScan(CropwiseMethod):
     id: ClassVar[str] = "vscan"
     paper: ClassVar[str] = "VScan: Rethinking Visual Token Reduction, TMLR 2026, arXiv 2505.22654"
     code: ClassVar[str] = "https://github.com/Tencent/SelfEvolvingAgent"
+    cut_settings: ClassVar[tuple[str, ...]] = ("layer",)
 
     keep: int | float | None = setting(
         1 / 6,
