@@ -5,8 +5,8 @@ PYTEST_FLAGS ?=
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help env demo test lint types wheel-test support bench bench-attention bench-reduction results sweep docs \
-  clean
+.PHONY: help env demo test lint types wheel-test support bench bench-attention bench-reduction bench-reduction-long results sweep \
+  docs clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -81,17 +81,20 @@ REDUCTION_METHODS ?= $(foreach id,random uniform-grid pool downsample fastervlm 
   --method "sparsevlm(layers=(1, 2, 4), budget=$(BUDGET))"
 REDUCTION_TOWER ?= $(foreach id,tome evit flowcut,--method "$(id)(keep=$(BUDGET))") --method "ats(num_samples=193)"
 REDUCTION_WHOLE ?= --method "shortv(layers=(0, 4, 5, 6, 7))" --method naavit --method yopo --method pbs \
-  --method dyvte --method look-m --method "vl-cache(alpha=$(BUDGET))"
-BENCH_REDUCTION = $(BIN)/lmmhooks bench --layers $(REDUCTION_LAYERS) --repeat $(REDUCTION_ROUNDS) --dtype $(DTYPE) \
-  --decode-tokens 2 --no-disabled $(REDUCTION_METHODS) $(REDUCTION_WHOLE)
+  --method a-shape --method dyvte --method look-m --method "vl-cache(alpha=$(BUDGET))"
+REDUCE = $(BIN)/lmmhooks bench --repeat $(REDUCTION_ROUNDS) --dtype $(DTYPE) --decode-tokens 2 --no-disabled
+REDUCE_ALL = $(REDUCE) --layers $(REDUCTION_LAYERS) $(REDUCTION_METHODS) $(REDUCTION_WHOLE)
 
-bench-reduction: env ## measure the tables of reducers (hours on two cores), then run `make docs`
-	$(BENCH_REDUCTION) $(REDUCTION_TOWER) --config llava-1.5-7b-shape --vision-layers 24 \
-	  --out $(RESULTS)/reduction-llava-1.5-7b.json
-	$(BENCH_REDUCTION) $(REDUCTION_TOWER) --config llava-next-7b-shape --vision-layers 24 \
-	  --out $(RESULTS)/reduction-llava-next-7b.json
+# Few vision layers where only the decoder is shortened, all of them where the tower is.
+bench-reduction: env ## measure the tables of reducers at 576 tokens (half an hour on two idle cores), then run `make docs`
+	$(REDUCE_ALL) --config llava-1.5-7b-shape --vision-layers 4 --out $(RESULTS)/reduction-llava-1.5-7b.json
+	$(REDUCE) --layers 2 --vision-layers 24 --config llava-1.5-7b-shape $(REDUCTION_TOWER) --method "tome(r=8)" \
+	  --method "tome(r=16)" --out $(RESULTS)/reduction-tower-llava-1.5-7b.json
+
+bench-reduction-long: env ## the same at 2,880, 1,296 and 8,192 tokens (hours), then run `make docs`
+	$(REDUCE_ALL) --config llava-next-7b-shape --vision-layers 4 --out $(RESULTS)/reduction-llava-next-7b.json
 	for tokens in 1296 8192; do \
-	  $(BENCH_REDUCTION) --config qwen2.5-vl-7b-shape --visual-tokens $$tokens --vision-layers 8 \
+	  $(REDUCE_ALL) --config qwen2.5-vl-7b-shape --visual-tokens $$tokens --vision-layers 4 \
 	  --out $(RESULTS)/reduction-qwen2.5-vl-7b-$$tokens.json || exit 1; done
 
 results: env ## run all attention methods on the bundled models again (about half an hour on two cores), then run `make docs`

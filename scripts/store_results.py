@@ -20,6 +20,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument(
+        "--times", action="store_true", help="plot measured time instead of FLOPs (only for runs on an idle machine)"
+    )
     given = parser.parse_args()
     environment = json.loads((given.run_dir / ENVIRONMENT).read_text(encoding="utf-8"))
     given.out.parent.mkdir(parents=True, exist_ok=True)
@@ -29,7 +32,7 @@ def main() -> None:
         except RecipeError as error:
             sys.exit(str(error))
         for name, task in record["tasks"].items():
-            write_atomically(given.out.with_name(f"{given.out.stem}-{name}.svg"), sweep_plot(task, name))
+            write_atomically(given.out.with_name(f"{given.out.stem}-{name}.svg"), sweep_plot(task, name, given.times))
     else:
         metrics = score_run(given.run_dir)
         if metrics["problems"]:

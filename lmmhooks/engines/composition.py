@@ -134,11 +134,12 @@ def _needs_left_out(family: Any, compute: ComputeMethod, other: Method) -> str |
     """Whether a method reads, edits or computes anew what a compute method leaves out of a layer."""
     frozen = set(compute.frozen_layers(family))
     layers = frozen | set(compute.sparse_layers(family))
+    if isinstance(other, ComputeMethod):
+        shared = {*other.frozen_layers(family), *other.sparse_layers(family)} & layers
+        if shared:
+            return f"both decide what visual tokens compute in layer {min(shared)}"
     touched: set[int] = set()
     what = "reads or edits the attention of visual tokens"
-    if isinstance(other, ComputeMethod):
-        touched |= {*other.frozen_layers(family), *other.sparse_layers(family)} & layers
-        what = "decides what visual tokens compute, as the first does,"
     if isinstance(other, AttentionMethod):
         touched |= set(other.layers(family)) & layers if other.rows == "all" else set()
         touched |= {layer for layer, rows in other.watched(family).items() if rows == "all"} & layers

@@ -113,8 +113,9 @@ class ComputeEngine:
         plan = self._plan(stage)
         if plan is None:
             return call
-        state.computing[layer] = self.frozen[layer]
-        return replace(call, whole=partial(_attend_text_rows, stage, plan))
+        method = self.frozen[layer]
+        state.computing[layer] = method
+        return replace(call, whole=partial(_attend_text_rows, layer, method, stage, plan))
 
     # -- frozen layers ------------------------------------------------------------------------------------------------
 
@@ -159,7 +160,7 @@ class ComputeEngine:
         self, layer: int, method: ComputeMethod, state: PromptState, stage: Stage, call: AttentionCall
     ) -> AttentionResult:
         """Every prompt of the batch on its own, without its padding."""
-        _refuse_odd_logits(layer, method, call)
+        _refuse_odd_logits(layer, method, call, "softcap", "s_aux")
         prompts = self._prompts(stage, call)
         answers: list[Tensor | None] = []
         for sample, (at, tokens) in enumerate(prompts):
@@ -218,7 +219,9 @@ def _scatter_rows(rows: Tensor, plan: RowPlan, length: int) -> Tensor:
     return room.scatter_(1, index.expand_as(rows), rows.masked_fill(~real, 0))
 
 
-def _attend_text_rows(stage: Stage, plan: RowPlan, call: AttentionCall) -> AttentionResult:
+def _attend_text_rows(
+    layer: int, method: ComputeMethod, stage: Stage, plan: RowPlan, call: AttentionCall
+) -> AttentionResult:
     """Text rows over all keys: the model's own backend where it takes a dense mask, explicit weights elsewhere."""
     length = stage.layout.length
     # A cache of fixed length holds room for tokens that are still to come.
@@ -236,6 +239,7 @@ def _attend_text_rows(stage: Stage, plan: RowPlan, call: AttentionCall) -> Atten
             allowed = torch.zeros_like(allowed, dtype=call.query.dtype).masked_fill_(~allowed, lowest)
         rows, _ = call.base(take_rows(call.query, rows_at), keys, values, allowed)
         return _scatter_rows(rows, plan, length), None
+    _refuse_odd_logits(layer, method, call, "s_aux")
     softcap = call.kwargs.get("softcap")
     blocks = []
     for index in rows_at.split(ROW_BLOCK, dim=1):
@@ -244,12 +248,13 @@ def _attend_text_rows(stage: Stage, plan: RowPlan, call: AttentionCall) -> Atten
     return _scatter_rows(torch.cat(blocks, dim=2).transpose(1, 2), plan, length), None
 
 
-def _refuse_odd_logits(layer: int, method: ComputeMethod, call: AttentionCall) -> None:
-    for name, what in (("softcap", "squashes its attention logits"), ("s_aux", "adds sinks to its attention logits")):
+def _refuse_odd_logits(layer: int, method: ComputeMethod, call: AttentionCall, *names: str) -> None:
+    known = {"softcap": "squashes its attention logits", "s_aux": "adds learned sinks to its attention logits"}
+    for name in names:
         if call.kwargs.get(name) is not None:
             raise ModelError(
-                f"decoder layer {layer} {what}, which attention over fewer pairs does not know; use the model without "
-                f"{method.id}"
+                f"decoder layer {layer} {known[name]}, which attention without visual rows or pairs does not know; use "
+                f"the model without {method.id}"
             )
 
 

@@ -174,8 +174,10 @@ class _Reader:
     def see_features(self, module: Any, args: Any, kwargs: Any, output: Any) -> None:
         """Squared feature norms, in a form that families turn into values per token."""
         features = output[0] if isinstance(output, tuple) else output
-        squares = features.float().square().sum(dim=-1)
-        if squares.dim() > 1 and self.runtime.family.has_cls:
+        # Packed towers have no batch dimension.
+        features = features if features.dim() == 3 else features[None]
+        squares = features.float().square().sum(dim=-1, keepdim=True)
+        if self.runtime.family.has_cls:
             squares = squares[:, 1:]
         # Where patches are merged the mean is taken of squares: the norm of the features the merger joins.
         self.runtime.readings.setdefault(NORMS, []).append(squares)
@@ -268,7 +270,7 @@ class _Reader:
             return None
         family = self.runtime.family
         per_image = {call.modality: family.tower_to_tokens(call.probes[NORMS], call) for call in self.vision}
-        return place(self.layout, per_image).sqrt().cpu()
+        return place(self.layout, per_image)[..., 0].sqrt().cpu()
 
 
 def _bind(see: Callable[[Tensor], None]) -> Callable[..., None]:

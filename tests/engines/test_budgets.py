@@ -167,3 +167,16 @@ def test_a_budget_of_everything_changes_nothing():
         plain = zoo.model(**inputs).logits
         with lmmhooks.wrap(zoo.model, First(budget=1.0)):
             assert torch.equal(zoo.model(**inputs).logits, plain)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    ["fastv(layer={})", "dart(layer={})", "pyramiddrop(layers=(1, 2, {}))", "vscan(layer={})", "dyvte(layer={})"],
+)
+def test_layers_beyond_the_decoder_are_refused_and_the_one_after_its_last_cuts_nothing(spec):
+    model = build("llava").model
+    with pytest.raises(
+        lmmhooks.MethodError, match="beyond the decoder of llava, which has layers 0 to 3; give at most 4"
+    ):
+        lmmhooks.wrap(model, spec.format(5))
+    lmmhooks.wrap(model, spec.format(4)).remove()

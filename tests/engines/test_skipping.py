@@ -296,7 +296,7 @@ def test_keys_and_values_of_frozen_layers_may_be_compressed():
 @pytest.mark.parametrize(
     ("methods", "reason"),
     [
-        (("shortv(layers=(1,))", "naavit(layers=(1,))"), "decides what visual tokens compute.* in layer 1"),
+        (("shortv(layers=(1,))", "naavit(layers=(1,))"), "both decide what visual tokens compute in layer 1"),
         (
             ("shortv(layers=(2,))", "act(heads='all', skip_layers=())"),
             "reads or edits the attention of visual tokens in",
@@ -350,7 +350,7 @@ def test_feed_forward_parts_of_another_shape_are_refused(monkeypatch):
 def test_unusual_logits_are_refused(name):
     call = SimpleNamespace(kwargs={name: torch.ones(1)})
     with pytest.raises(lmmhooks.ModelError, match=r"decoder layer 3 .* without naavit"):
-        skipping._refuse_odd_logits(3, NAAViT(), call)
+        skipping._refuse_odd_logits(3, NAAViT(), call, "softcap", "s_aux")
 
 
 def test_images_that_see_both_ways_are_refused():

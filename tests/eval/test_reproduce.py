@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForImageTextToText, CLIPConfig
 
 import lmmhooks
+from lmmhooks.bench.shapes import build_config
 from lmmhooks.methods.decoding.answering import AnswerMethod
 from lmmhooks_eval import recipes
 from lmmhooks_eval import runner as runner_module
@@ -24,6 +27,12 @@ TWINS = {"chair": "scenes-caption", "pope": "scenes-pope"}
 #: The bundled model that stands in for a checkpoint, and visual tokens per image of the checkpoint.
 MODELS = {"llava-1.5-7b": ("tiny-llava", 576), "qwen2.5-vl-3b": ("tiny-qwen", None)}
 SMALL_TOKENS = 64
+#: Architectures of the checkpoints.
+SHAPES_OF = {
+    "llava-hf/llava-1.5-7b-hf": "llava-1.5-7b-shape",
+    "llava-hf/llava-v1.6-vicuna-7b-hf": "llava-next-7b-shape",
+    "Qwen/Qwen2.5-VL-3B-Instruct": "qwen2.5-vl-3b-shape",
+}
 REPRODUCE = [name for name in recipes.shipped() if name.startswith("reproduce/") and "/offline/" not in name]
 OFFLINE = [name for name in recipes.shipped() if "/offline/" in name]
 SCENES = ("attention-scenes-llava", "attention-scenes-qwen")
@@ -187,14 +196,34 @@ def test_every_variant_fits_the_model_of_its_recipe(model: str) -> None:
     assert here
     patched, processor = load_model(here[0])
     for recipe in here:
-        for variant, built in recipe.methods().items():
-            if variant == BASELINE:
-                continue
-            try:
-                with lmmhooks.wrap(patched, *built, processor=processor):
-                    pass
-            except lmmhooks.LmmhooksError as error:
-                pytest.fail(f"{recipe.name}, {variant}: {error}")
+        _refuse_misfits(recipe, patched, processor)
+
+
+@pytest.mark.parametrize("checkpoint", SHAPES_OF)
+def test_every_variant_fits_the_checkpoint_of_its_paper(
+    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers, counts and budgets are possible there; without weights, which checks of settings do not look at."""
+    tower = {"hidden_size": 1024, "num_attention_heads": 16}
+    CLIPConfig(vision_config=tower).save_pretrained(tmp_path / "clip-vit-large-patch14-336")
+    monkeypatch.chdir(tmp_path)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(build_config(SHAPES_OF[checkpoint])).eval()
+    here = [recipe for recipe in map(recipes.load, of_papers()) if recipe.model == checkpoint]
+    assert here
+    for recipe in here:
+        _refuse_misfits(recipe, model)
+
+
+def _refuse_misfits(recipe: Recipe, model: Any, processor: Any = None) -> None:
+    for variant, built in recipe.methods().items():
+        if variant == BASELINE:
+            continue
+        try:
+            with lmmhooks.wrap(model, *built, processor=processor):
+                pass
+        except lmmhooks.LmmhooksError as error:
+            pytest.fail(f"{recipe.name}, {variant}: {error}")
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +235,7 @@ def _small(recipe: Recipe) -> Recipe:
     """The recipe on a handful of documents with short answers."""
     changes = []
     for plan in recipe.tasks:
-        shorter = plan.generation.model_copy(update={"max_new_tokens": 6})
+        shorter = plan.generation.model_copy(update={"max_new_tokens": 10})
         changes.append(plan.model_copy(update={"limit": 6, "generation": shorter}))
     statistics = recipe.statistics.model_copy(update={"draws": 100})
     return recipe.model_copy(

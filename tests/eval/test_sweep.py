@@ -141,6 +141,8 @@ def test_the_plot_names_controls_and_leaders_and_is_the_same_each_time(run: Path
     task = sweep_record(run, ENVIRONMENT)["tasks"]["scenes-pope"]
     svg = sweep_plot(task, "scenes-pope")
     assert svg == sweep_plot(task, "scenes-pope")
+    assert "FLOPs of the prompt" in svg
+    assert "prefill time" in sweep_plot(task, "scenes-pope", times=True)
     for name in ("random", "downsample", "fastervlm"):
         assert f">{name}<" in svg
 

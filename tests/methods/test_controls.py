@@ -10,7 +10,10 @@ from PIL import Image
 
 import lmmhooks
 from lmmhooks.errors import MethodError, PromptError
+from lmmhooks.family import resolve
 from lmmhooks.methods.decoding.apc_only import ApcOnly
+from lmmhooks.methods.decoding.base import DecodingMethod
+from lmmhooks.methods.decoding.controls import ControlOf
 from lmmhooks.methods.decoding.equal_branch import EqualBranch
 from lmmhooks.methods.decoding.olm import Olm, hesitates
 from lmmhooks.methods.decoding.pba import Pba
@@ -19,6 +22,7 @@ from lmmhooks.methods.decoding.sign_flip import SignFlip, flipped
 from lmmhooks.methods.decoding.temperature import Temperature
 from lmmhooks.methods.decoding.yes_offset import YesOffset
 from lmmhooks.prompting import build_inputs
+from tests.conformance.table import ROWS
 from tests.methods.readings import FAMILIES, MODES, STEPS, TOLERANCE, check_logits, check_tokens, composes
 from tests.reference.decoding import changed_inputs, edited_inputs, generator_of, noised_inputs, vcd
 from tests.zoo import build
@@ -264,6 +268,31 @@ def test_the_suffix_stands_before_what_opens_the_answer(loaded):
         with lmmhooks.wrap(model, "pba", processor=processor):
             out = model(**build_inputs(processor, [picture()], question), logits_to_keep=1).logits[:, -1]
     torch.testing.assert_close(out, plain, atol=TOLERANCE, rtol=0)
+
+
+# -- whatever the method -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("control", ["temperature", "equal-branch", "sign-flip", "placebo-image"])
+@pytest.mark.parametrize("name", [name for name, cls in lmmhooks.methods("decoding").items() if name in ROWS])
+def test_every_method_with_branches_has_its_controls(name, control):
+    zoo = build("llava")
+    inputs = zoo.inputs(batch=2)
+    method = lmmhooks.methods.resolve(ROWS[name].spec)
+    weighted = getattr(type(method), "combine", None) is DecodingMethod.combine
+    try:
+        branches = isinstance(method, DecodingMethod) and method.branches(resolve(zoo.model))
+        applies = branches and not isinstance(method, ControlOf) and (weighted or control != "sign-flip")
+        spec = {control: {"of": ROWS[name].spec}}
+        if not applies:
+            with pytest.raises(MethodError, match=r"no decoding method with branches|has no branches|no weighted sum"):
+                lmmhooks.wrap(zoo.model, spec)
+            return
+        with lmmhooks.wrap(zoo.model, spec):
+            tokens = zoo.model.generate(**inputs, max_new_tokens=2, min_new_tokens=2, num_beams=2, do_sample=False)
+        assert tokens.shape == (2, inputs["input_ids"].shape[1] + 2)
+    finally:
+        lmmhooks.unwrap(zoo.model)
 
 
 # -- settings ----------------------------------------------------------------------------------------------------------

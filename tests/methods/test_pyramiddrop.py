@@ -71,7 +71,7 @@ def test_published_layers_are_quarters_of_the_depth():
 
 def test_ratios_of_one_change_nothing():
     same_bits("llava", PyramidDrop(ratios=(1.0, 1.0, 1.0)))
-    same_bits("llava", PyramidDrop(layers=(4, 5), ratios=(0.5, 0.25)))
+    same_bits("llava", PyramidDrop(layers=(4,), ratios=(0.5,)))
 
 
 @pytest.mark.parametrize("unit", ["average", "kept"])

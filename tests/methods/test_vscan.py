@@ -169,6 +169,14 @@ def test_layers_of_the_scans(name, expected):
     assert [probe.layer for probe in VScan().probes(family)[:2]] == [5, 22]
 
 
+@pytest.mark.parametrize(("name", "window"), [("llava", 6), ("qwen2_5_vl", 4)])
+def test_windows_are_those_of_the_release(name, window):
+    with lmmhooks.wrap(build(name).model, "vscan") as patch:
+        assert patch.methods[0].window == window
+    with lmmhooks.wrap(build(name).model, "vscan(window=3)") as patch:
+        assert patch.methods[0].window == 3
+
+
 def test_newlines_stay_and_stage_two_ranks_all_crops_together():
     zoo = build("llava_next")
     inputs = zoo.inputs(batch=1)

@@ -171,4 +171,4 @@ def test_budget_page_matches_the_cost_model() -> None:
         fastv, dart = (average_visual(visual_schedule(32, 576, {2: count})) for count in kept)
         assert f"| {label} | {fastv:.1f} |" in text
         assert f"| {dart:.1f} | {label} |" in text
-    assert f"boundary=2)  # {solve_cut(192, 576, 32, 2)}" in text
+    assert f"576 tokens in two layers, {solve_cut(192, 576, 32, 2)} in thirty" in text

@@ -56,7 +56,7 @@ class VisualHeadSearch:
         30 of 40 heads.
     rule
         ``"mean"``: the ratio, averaged over documents, exceeds it (released for InternVL2 and Qwen2-VL); ``"vote"``:
-        the ratios of most documents do (released for LLaVA).
+        the ratios of most documents do (released for LLaVA, whose script asks for more than 40 votes).
     batch_size
         Prompts per forward.
     seed

@@ -20,6 +20,7 @@ _TONES = {"": "#8a8f98", "good": "#2e9e5b", "bad": "#d0533f"}
 # Mid tones, legible on either page; markers tell apart what colour does not.
 COLOURS = ("#3f7fd0", "#d9822b", "#2e9e5b", "#a35bbf", "#d0533f", "#20a0a8", "#9a7b1e", "#d3609a")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
+_MOST_NAMED = 36
 STYLE = {
     "svg.fonttype": "none",  # text stays text: it can be searched, scales with the page and shares no glyph ids
     "font.family": "sans-serif",
@@ -82,7 +83,9 @@ def difference_plot(task: Mapping[str, Any], name: str) -> str | None:
 
 def cost_quality_plot(task: Mapping[str, Any], name: str) -> str | None:
     """
-    Primary metric against measured prefill time, both relative to the same run's baseline; None without times.
+    Primary metric against measured prefill time, both relative to the same run's baseline.
+
+    None without times, and for more variants than a legend can name: sweeps have a plot of their own.
 
     Parameters
     ----------
@@ -96,7 +99,7 @@ def cost_quality_plot(task: Mapping[str, Any], name: str) -> str | None:
         time = 1.0 if variant == BASELINE else cost.get("relative", {}).get("prefill_time")
         if estimate is not None and time is not None:
             points.append((variant, time, scale * estimate["value"], [scale * bound for bound in estimate["interval"]]))
-    if len(points) < 2:
+    if not 2 <= len(points) <= _MOST_NAMED:
         return None
     with rc_context({**STYLE, "svg.hashsalt": f"cost/{name}"}):
         figure = Figure(figsize=(6.4, 3.2), layout="constrained")

@@ -80,6 +80,7 @@ def sweep_record(path: Path, environment: Mapping[str, Any]) -> dict[str, Any]:
             "title": scored["title"],
             "metric": {"name": task.primary.name, "better": task.primary.better, "unit": task.primary.unit},
             "n": scored["variants"][BASELINE]["n"],
+            "images": scored["variants"][BASELINE]["clusters"],
             "baseline": {"value": estimate["value"], "interval": estimate["interval"]},
             "points": points,
             "own_number": [
@@ -176,7 +177,8 @@ def sweep_page(record: Mapping[str, Any], link: str) -> str:
     parts = [f"## {record['model']}\n\n{setting_line(record['environment'])} [{link}]({link})\n"]
     stem = link.removesuffix(".json")
     for name, task in record["tasks"].items():
-        parts.append(f"### {name}\n\n{task['title']}; {task['n']} documents.\n\n![{name}]({stem}-{name}.svg)\n")
+        what = f"{task['title']}; {task['n']} documents about {task['images']} images."
+        parts.append(f"### {name}\n\n{what}\n\n![{name}]({stem}-{name}.svg)\n")
         parts.append(f"{_table(task)}\n{_reading(task)}\n")
         if any(point["group_a"] for point in task["points"]):
             parts.append(f"{_group_table(task)}\n")

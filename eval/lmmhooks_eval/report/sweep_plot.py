@@ -1,4 +1,4 @@
-"""The plot of a sweep: the metric against what was kept, and against the time that reading the prompt took."""
+"""The plot of a sweep: the metric against what was kept, and against what reading the prompt cost."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _NAMED = 5
 _GREY = "#b4b8bf"
 
 
-def sweep_plot(task: Mapping[str, Any], name: str) -> str:
+def sweep_plot(task: Mapping[str, Any], name: str, times: bool = False) -> str:
     """
     One task of a sweep as an SVG file on a white ground.
 
@@ -32,6 +32,9 @@ def sweep_plot(task: Mapping[str, Any], name: str) -> str:
         As `lmmhooks_eval.report.sweep.sweep_record` makes it.
     name
         Of the task.
+    times
+        Show measured prefill time on the right instead of theoretical FLOPs. The passes of a run are minutes apart, so
+        their times compare only where the machine did nothing else.
     """
     methods = by_method(task)
     leaders = [method for method in methods if method not in _CONTROLS][:_NAMED]
@@ -42,7 +45,9 @@ def sweep_plot(task: Mapping[str, Any], name: str) -> str:
         left, right = figure.subplots(1, 2, sharey=True)
         for axes, of, label in (
             (left, "tokens", "visual tokens per decoder layer, share of all (measured)"),
-            (right, "prefill_time", "prefill time, all tokens = 1 (measured)"),
+            (right, "prefill_time", "prefill time, all tokens = 1 (measured)")
+            if times
+            else (right, "prefill_flops", "decoder FLOPs of the prompt, all tokens = 1 (theory)"),
         ):
             axes.axhline(scale * task["baseline"]["value"], color="black", linewidth=0.8, linestyle=":")
             for method, points in methods.items():

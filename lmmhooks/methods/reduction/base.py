@@ -148,6 +148,8 @@ class ReductionMethod(Method):
     kind: ClassVar[str] = "reduction"
     draws: ClassVar[bool] = False
     """The selection is random: fill `TokenGroup.seeds`."""
+    cut_settings: ClassVar[tuple[str, ...]] = ()
+    """Settings that name decoder layers to cut before; beyond the number of layers they are refused."""
     counts_itself: ClassVar[bool] = False
     """The method meets a budget without help: `cuts` leaves the number to `select`."""
 
@@ -227,6 +229,8 @@ class ReductionMethod(Method):
                 f"{self.id}: newline='rank' needs a score for newline tokens, which the vision tower never saw; "
                 "use 'drop', 'keep_per_row' or 'per_kept_row'"
             )
+        for name in self.cut_settings:
+            self._check_layers(family, name)
         self._check_amount(family)
         for cut in self.cuts(family):
             if cut.hide and self.repacks(family):
@@ -234,6 +238,16 @@ class ReductionMethod(Method):
                     f"{self.id}: positions='repack' cannot renumber tokens that stay in the sequence and are only "
                     "hidden; use positions='keep'"
                 )
+
+    def _check_layers(self, family: Any, name: str) -> None:
+        """Refuse cuts beyond the decoder; one before the layer after its last is allowed, and does nothing."""
+        given = getattr(self, name)
+        layers = given if isinstance(given, tuple) else (given,)
+        if any(isinstance(layer, int) and layer > family.num_layers for layer in layers):
+            raise MethodError(
+                f"{self.id}: {name}={given} is beyond the decoder of {family.name}, which has layers 0 to "
+                f"{family.num_layers - 1}; give at most {family.num_layers}, which cuts nothing"
+            )
 
     def _check_amount(self, family: Any) -> None:
         """Refuse counts no image of this model has, and budgets that the layers before the first cut exceed."""

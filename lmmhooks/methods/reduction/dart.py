@@ -82,6 +82,7 @@ class Dart(ReductionMethod):
     id: ClassVar[str] = "dart"
     paper: ClassVar[str] = "Stop Looking for Important Tokens, EMNLP 2025, arXiv 2502.11494"
     code: ClassVar[str] = "https://github.com/ZichenWen1/DART"
+    cut_settings: ClassVar[tuple[str, ...]] = ("layer",)
 
     keep: int | float | None = setting(
         2 / 9,

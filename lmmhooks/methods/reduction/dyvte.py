@@ -45,6 +45,7 @@ class DyVTE(ReductionMethod):
     id: ClassVar[str] = "dyvte"
     paper: ClassVar[str] = "Dynamic Visual-Token Exit, NeurIPS 2025, arXiv 2411.19628; VTW, AAAI 2025, arXiv 2405.05803"
     code: ClassVar[str] = "https://github.com/DoubtedSteam/DyVTE"
+    cut_settings: ClassVar[tuple[str, ...]] = ("layer",)
     calibrated: ClassVar[Mapping[str, Literal["wrap", "command"]]] = {"layer": "command"}
 
     keep: None = field(default=None, init=False)

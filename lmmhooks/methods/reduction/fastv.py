@@ -29,13 +29,14 @@ class FastV(ReductionMethod):
 
     ``keep`` is what stays, ``1 - R`` in the paper; a share is rounded to the nearest token, halves to even. All images
     of a prompt are ranked together, as is the one span of the released code; an integer ``keep`` counts per image, so
-    two images share twice as many. Newline tokens are ranked like any other. From a ``layer`` past the last on, nothing
-    happens.
+    two images share twice as many. Newline tokens are ranked like any other. Before the
+    layer past the last, nothing happens.
     """
 
     id: ClassVar[str] = "fastv"
     paper: ClassVar[str] = "An Image is Worth 1/2 Tokens After Layer 2, ECCV 2024, arXiv 2403.06764"
     code: ClassVar[str] = "https://github.com/pkunlp-icler/FastV"
+    cut_settings: ClassVar[tuple[str, ...]] = ("layer",)
 
     keep: int | float | None = setting(
         0.5,

@@ -45,6 +45,7 @@ class StagedMethod(ReductionMethod):
     How many tokens stay is theirs to say (or that of ``budget``); there is no ``keep``.
     """
 
+    cut_settings: ClassVar[tuple[str, ...]] = ("layers",)
     published_layers: ClassVar[tuple[int, ...]]
     """Default of `layers` on a decoder of `PUBLISHED_DEPTH` layers."""
 
@@ -54,7 +55,7 @@ class StagedMethod(ReductionMethod):
     )
     layers: tuple[int, ...] | None = setting(
         None,
-        help="Decoder layers, 0-based, increasing, from 1 on; those past the last do nothing. None: the published "
+        help="Decoder layers, 0-based, increasing, from 1 on; one past the last does nothing. None: the published "
         "ones, scaled from 32 layers to the depth of the model.",
     )
 

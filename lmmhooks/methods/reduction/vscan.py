@@ -42,6 +42,7 @@ class VScan(CropwiseMethod):
     id: ClassVar[str] = "vscan"
     paper: ClassVar[str] = "VScan: Rethinking Visual Token Reduction, TMLR 2026, arXiv 2505.22654"
     code: ClassVar[str] = "https://github.com/Tencent/SelfEvolvingAgent"
+    cut_settings: ClassVar[tuple[str, ...]] = ("layer",)
 
     keep: int | float | None = setting(
         1 / 6,
@@ -61,7 +62,9 @@ class VScan(CropwiseMethod):
     layer: int | None = setting(
         None, help="Decoder layer before which stage 2 cuts, >= 1. None: half the depth (16 of 32, 14 of 28)."
     )
-    window: int = setting(6, help="Side of a window of the local scan in tokens, >= 1. Release: 6; Qwen2.5-VL: 4.")
+    window: int | None = setting(
+        None, help="Side of a window of the local scan in tokens, >= 1. None: 6, on models with M-RoPE 4, as released."
+    )
     early: int | None = setting(
         None,
         help="Vision layer of the local scan, 0-based. None: 5 of CLIP-L, 7 of Qwen2.5-VL, likewise elsewhere.",
@@ -79,7 +82,12 @@ class VScan(CropwiseMethod):
         count = isinstance(self.second, int) and not isinstance(self.second, bool) and self.second >= 0
         self._require(self.second is None or share or count, "second", "None, a token count >= 0 or a share in (0, 1]")
         self._require(self.layer is None or self.layer >= 1, "layer", ">= 1; stage 1 cuts before the decoder")
-        self._require(self.window >= 1, "window", ">= 1")
+        self._require(self.window is None or self.window >= 1, "window", ">= 1")
+
+    @classmethod
+    def defaults_for(cls, family: Any) -> dict[str, Any]:
+        # Released for LLaVA (24 x 24 tokens) and Qwen2.5-VL (any grid of merged patches).
+        return {"window": 4 if family.mrope else 6}
 
     @property
     def is_identity(self) -> bool:
@@ -117,6 +125,7 @@ class VScan(CropwiseMethod):
         if tokens.layer:
             return top_ascending(tokens.probes[last[0]], tokens.num_keep)
         exact = self.exact_budget or self.budget is not None
+        assert self.window is not None, "filled in by defaults_for"
         windows = windows_of(tokens.row, tokens.col, self.window)
         return scan(tokens.probes[early], tokens.probes[late], windows, tokens.num_keep, exact)
 
