@@ -56,8 +56,8 @@ class Stats:
         Bytes of the prompt's keys and values as they were run, stacked branches included, and without any method.
     prefill_flops, prefill_flops_full
         Theoretical decoder FLOPs of the prompts as they were run, stacked branches included, and without any method;
-        padding not counted, pairs by the "square" convention. Lazy branches read the prompt later and are not counted; a
-        beginning of the prompt that branches have in common with the main rows is counted for each of them.
+        padding not counted, pairs by the "square" convention. Lazy branches read the prompt later and are not counted;
+        a beginning of the prompt that branches have in common with the main rows is counted for each of them.
     branches
         Rows of the forward per row of the batch: 1 without branches.
     branch_steps

@@ -308,7 +308,9 @@ class PromptStacker:
             if isinstance(what, Tensor):
                 runs[place] = what.to(input_ids), True
             else:
-                runs[place] = torch.full_like(input_ids[0, :1], ids[place[0]]).expand(len(what[0])), False
+                token = ids[place[0]]
+                assert token is not None, "a modality that was encoded has a placeholder"
+                runs[place] = torch.full_like(input_ids[0, :1], token).expand(len(what[0])), False
         placeholders = [i for i in ids.values() if i is not None]
         marks = [i for i in self.family.visual_ids if i not in placeholders]
         return replace_images(

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from lmmhooks.methods.base import setting
@@ -44,7 +45,7 @@ def staring_layers(attention: Tensor, gamma: float) -> Tensor:
     share = attention.sum(dim=1)
     order = (share / share.sum()).sort(descending=True, stable=True)
     num = (order.values.cumsum(dim=0) < gamma).sum() + 1
-    chosen = order.indices.new_zeros(len(share), dtype=bool)
+    chosen = torch.zeros_like(order.indices, dtype=torch.bool)
     return chosen.scatter(0, order.indices, (share.new_ones(len(share)).cumsum(dim=0) <= num))
 
 

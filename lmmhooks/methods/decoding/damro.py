@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -98,7 +98,7 @@ class Damro(DecodingMethod):
         return [Branch("outliers", image="replaced")] if self.alpha else []
 
     def probes(self, family: Any) -> list[Probe]:
-        signal = "vision_cls" if self.per_head_mean else "vision_cls_wide"
+        signal: Literal["vision_cls", "vision_cls_wide"] = "vision_cls" if self.per_head_mean else "vision_cls_wide"
         return [saliency_probe(self, family, self.layer, signal=signal)] if self.alpha else []
 
     def weights(self, main: Tensor, others: Sequence[Tensor], step: int, view: StepView) -> Sequence[float]:
