@@ -149,6 +149,36 @@ def test_as_system_message_the_disturbance_replaces_the_one_that_is_there(loaded
     assert processor.tokenizer.decode(out) == expected
 
 
+class TemplateOfProcessor:
+    """A processor whose tokenizer has no chat template of its own, as LLaVA-1.5 comes."""
+
+    def __init__(self, processor):
+        self.chat_template = processor.chat_template
+        self.apply_chat_template = processor.apply_chat_template
+        self.tokenizer = TokenizerAlone(processor.tokenizer)
+
+
+class TokenizerAlone:
+    chat_template = None
+
+    def __init__(self, tokenizer):
+        self.encode, self.decode = tokenizer, tokenizer.decode
+
+    def __call__(self, *args, **kwargs):
+        return self.encode(*args, **kwargs)
+
+
+def test_what_opens_the_answer_is_told_by_the_template_of_the_processor():
+    model, processor = lmmhooks.load("tiny-llava")
+    context = BranchContext(resolve(model), TemplateOfProcessor(processor))
+    row = row_of(processor, "Is there a cup in the image?")
+    start, stop = question_span(row, context)
+    assert processor.tokenizer.decode(row[start:stop]) == "Is there a cup in the image?"
+    # A prompt that ends otherwise has nothing of it, whatever its last token is.
+    otherwise = torch.cat([row[:-2], row[-1:]])
+    assert question_span(otherwise, context) == (start, len(otherwise))
+
+
 def test_a_start_token_stays_in_front_of_the_new_system_message():
     model, processor = lmmhooks.load("tiny-llava")
     context, row = BranchContext(resolve(model), processor), row_of(processor, "Is there a cup in the image?")

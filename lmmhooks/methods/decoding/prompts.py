@@ -95,11 +95,7 @@ def with_system(method: Method, tokens: Tensor, text: str, context: BranchContex
     first = int(torch.isin(tokens, torch.tensor(context.family.visual_ids, device=tokens.device)).nonzero()[0])
     heads = [_head(method, context, system) for system in (text, "Another message", None)]
     # What every rendering has before the image, whatever its system message, is the beginning of the user's turn.
-    turn: list[int] = []
-    for column in zip(*map(reversed, heads), strict=False):
-        if len(set(column)) > 1:
-            break
-        turn.insert(0, column[0])
+    turn = _common_end(heads)
     if heads[0] == heads[1] or not turn or tokens[:first].tolist()[-len(turn) :] != turn:
         raise PromptError(
             f"{method.id}: the prompt before the image is not one that the processor's chat template writes with a "
@@ -140,7 +136,15 @@ def _template_tail(processor: Any, ids: list[int]) -> int:
         processor.tokenizer(_render(processor, question, None, False), add_special_tokens=False)["input_ids"]
         for question in ("What is red", "Where?")
     )
-    same = 0
-    while same < min(len(one), len(other), len(ids)) and one[-same - 1] == other[-same - 1] == ids[-same - 1]:
-        same += 1
-    return same
+    suffix = _common_end([one, other])
+    return len(suffix) if suffix and ids[-len(suffix) :] == suffix else 0
+
+
+def _common_end(rows: Sequence[Sequence[int]]) -> list[int]:
+    """The ids that all rows end with."""
+    end: list[int] = []
+    for column in zip(*map(reversed, rows), strict=False):
+        if len(set(column)) > 1:
+            break
+        end.insert(0, column[0])
+    return end
