@@ -44,6 +44,11 @@ class BranchAttender:
         self.layers = frozenset(method.branch_layers(runtime.family)) if branches else frozenset()
         self.rows: dict[str, slice] = {}
 
+    @property
+    def hides(self) -> bool:
+        """Whether it hides keys from branches."""
+        return bool(self.layers) and type(self.method).hide_keys is not DecodingMethod.hide_keys
+
     def follow(self, num_rows: int, num_blocks: int) -> None:
         """The coming forward has that many blocks of rows, the branches last; without main there is one fewer."""
         first = num_blocks - len(self.branches)
@@ -55,6 +60,8 @@ class BranchAttender:
 
     def hide(self, layer: int, state: PromptState, call: AttentionCall) -> AttentionCall:
         """The call, with the keys hidden that a method hides from its branches."""
+        if not self.hides:
+            return call
         stage = state.stage_at(layer)
         hidden = {}
         for branch in self.branches:

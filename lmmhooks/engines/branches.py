@@ -346,6 +346,34 @@ class PromptStacker:
     ) -> _Reading:
         return main if self.main.same_tokens else self._read(self.main, main, text, kwargs, images)
 
+    def positions(self, kwargs: dict[str, Any]) -> Tensor:
+        """
+        Positions ``[..., B, N]`` of the main rows of a prompt that they read alone.
+
+        Parameters
+        ----------
+        kwargs
+            From `encode`, which took away what a model would count positions of images by.
+        """
+        input_ids, mask = tokens_of(kwargs)
+        if kwargs.get("position_ids") is not None:
+            return self._expanded(kwargs["position_ids"], mask)
+        visions = {}
+        for modality, output in kwargs["mm_encoder_outputs"].items():
+            record = self.encoder.record_of(output)
+            visions[modality] = record.as_given(output) if record else VisionInputs(modality, {}, output)
+        layout = build_layout(input_ids, mask, self.family, list(visions.values()))
+        return self.family.position_ids(input_ids, mask, **grids_of(kwargs, layout, visions))
+
+    def _expanded(self, given: Tensor, mask: Tensor) -> Tensor:
+        """Positions of a caller for all rows and axes."""
+        given = given.expand(*given.shape[:-2], *mask.shape)
+        if self.family.mrope and given.ndim == 2:
+            return given.expand(4, -1, -1)
+        if self.family.mrope and given.shape[0] == 3:
+            return torch.cat([(mask.long().cumsum(dim=1) - 1).clamp(min=0)[None].to(given), given])
+        return given
+
     def _main_positions(
         self,
         kwargs: dict[str, Any],
@@ -357,11 +385,7 @@ class PromptStacker:
         given = kwargs.get("position_ids")
         if given is None:
             return self.family.position_ids(*text, **grids_of(kwargs, layout, visions))
-        given = given.expand(*given.shape[:-2], *mask.shape)
-        if self.family.mrope and given.ndim == 2:
-            given = given.expand(4, -1, -1)
-        elif self.family.mrope and given.shape[0] == 3:
-            given = torch.cat([(mask.long().cumsum(dim=1) - 1).clamp(min=0)[None].to(given), given])
+        given = self._expanded(given, mask)
         if self.same_tokens:
             return given
         rows = [given[..., row, :][..., valid] for row, valid in enumerate(mask)]

@@ -24,6 +24,7 @@ from lmmhooks.engines.attach import Attachments
 from lmmhooks.engines.branch_attention import BranchAttender
 from lmmhooks.engines.branch_cache import BranchCache, refuse_static
 from lmmhooks.engines.branch_features import PromptAttention, PromptReader
+from lmmhooks.engines.branch_rows import position_after, tokens_of
 from lmmhooks.engines.branch_vision import BranchEncoder
 from lmmhooks.engines.branches import PromptStacker, StackedPrompt
 from lmmhooks.engines.lazy_branches import LazyBranches
@@ -175,6 +176,13 @@ class BranchEngine:
         """Arguments of the forward that reads the prompt."""
         encoded = self.stacker.encode(given)
         self.stacker.check(encoded)
+        several = isinstance(call.logits_to_keep, Tensor) or call.logits_to_keep > 1
+        if several and (self.prompt_reader.layers or self.attender.hides):
+            raise PromptError(
+                f"logits_to_keep={call.logits_to_keep!r} asks for several positions of a prompt, so that it is not "
+                f"known which is the last token of the prompt, by which {self.method.id} chooses; leave it out, and "
+                "generate without drafts (prompt_lookup_num_tokens, assistant_model)"
+            )
         if not self._caches(encoded):
             call.generated = self._count_uncached(encoded)
         if not self.apart:
@@ -191,8 +199,10 @@ class BranchEngine:
         read = partial(self._read_lazily, call.attention)
         call.lazy = LazyBranches(encoded, call.rows, read, self._continue_lazily)
         kwargs = dict(encoded)
+        if self.family.mrope:
+            kwargs["position_ids"] = self.stacker.positions(encoded)
         if self._caches(encoded):
-            call.cache = kwargs["past_key_values"] = self._main_cache(encoded, call.lazy)
+            call.cache = kwargs["past_key_values"] = self._main_cache(kwargs, call.lazy)
         return self.stacker.hand_over(kwargs, encoded)
 
     def _prompt_forward(self, call: _Call, stacked: StackedPrompt, encoded: dict[str, Any]) -> dict[str, Any]:
@@ -229,6 +239,8 @@ class BranchEngine:
             self.attender.rows = {}
             call.lazy = cache.follower
             call.lazy.push(kwargs["input_ids"])
+            if self.family.mrope and kwargs.get("position_ids") is None:
+                kwargs["position_ids"] = cache.continuation(kwargs["input_ids"].shape[1])[1]
             return kwargs
         call.blocks = cache.num_branches
         return {**kwargs, **self._continuation(cache, kwargs)}
@@ -269,9 +281,13 @@ class BranchEngine:
     # -- branches on demand --------------------------------------------------------------------------------------------
 
     def _main_cache(self, kwargs: dict[str, Any], lazy: LazyBranches) -> BranchCache:
-        rows = torch.zeros(kwargs["input_ids"].shape[0], dtype=torch.long, device=kwargs["input_ids"].device)
-        # Mask and positions of main rows are the caller's; this cache only tells the branches what happens to the rows.
-        cache = BranchCache(self._inner_cache(kwargs), 1, None, rows)
+        tokens, mask = tokens_of(kwargs)
+        following = torch.zeros_like(tokens[:, 0])
+        if self.family.mrope:
+            # A model remembers one offset of positions, and branches that it reads in between have others.
+            following = position_after(kwargs["position_ids"], mask)
+        # The mask of main rows is the caller's; this cache tells the branches what happens to the rows.
+        cache = BranchCache(self._inner_cache(kwargs), 1, None, following)
         cache.follower = lazy
         return cache
 
