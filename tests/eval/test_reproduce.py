@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText, CLIPConfig
+from transformers import AutoModelForImageTextToText, BlipConfig, CLIPConfig
 
 import lmmhooks
 from lmmhooks.bench.shapes import build_config
@@ -37,10 +37,12 @@ REPRODUCE = [name for name in recipes.shipped() if name.startswith("reproduce/")
 OFFLINE = [name for name in recipes.shipped() if "/offline/" in name]
 SCENES = ("attention-scenes-llava", "attention-scenes-qwen")
 SWEEPS = {"reduction-sweep": "llava", "reduction-sweep-qwen": "qwen2_5_vl"}
-#: What a twin may set otherwise: sink channels and text towers belong to a checkpoint, layers and windows scale with
-#: depth and grid, four pivots of each kind would be most of seven tokens, and ranks do not grow with the image.
+#: What a twin may set otherwise: sink channels, text towers and matching models belong to a checkpoint, layers and
+#: windows scale with depth and grid, four pivots of each kind would be most of seven tokens, and ranks do not grow with
+#: the image.
 DIFFERS = {
     *("sink_dims", "clip", "layer", "layers", "window", "pivots", "text_pivots", "scale", "bias"),
+    *("matcher", "relevance"),
     *("keep", "budget", "second", "num_top", "num_keep", "topk"),
 }
 COUNTS = ("keep", "budget", "second", "num_top", "num_keep", "topk")
@@ -201,21 +203,25 @@ def test_every_variant_fits_the_model_of_its_recipe(model: str) -> None:
 
 @pytest.mark.parametrize("checkpoint", SHAPES_OF)
 def test_every_variant_fits_the_checkpoint_of_its_paper(
-    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: str, loaded: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Layers, counts and budgets are possible there; without weights, which checks of settings do not look at."""
+    """
+    Layers, counts and budgets are possible there; without weights, which checks of settings do not look at, and with
+    another model's tokenizer, of which they ask only that there is one.
+    """
     tower = {"hidden_size": 1024, "num_attention_heads": 16}
     CLIPConfig(vision_config=tower).save_pretrained(tmp_path / "clip-vit-large-patch14-336")
+    BlipConfig().save_pretrained(tmp_path / "blip-itm-large-coco")
     monkeypatch.chdir(tmp_path)
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(build_config(SHAPES_OF[checkpoint])).eval()
     here = [recipe for recipe in map(recipes.load, of_papers()) if recipe.model == checkpoint]
     assert here
     for recipe in here:
-        _refuse_misfits(recipe, model)
+        _refuse_misfits(recipe, model, loaded[1])
 
 
-def _refuse_misfits(recipe: Recipe, model: Any, processor: Any = None) -> None:
+def _refuse_misfits(recipe: Recipe, model: Any, processor: Any) -> None:
     for variant, built in recipe.methods().items():
         if variant == BASELINE:
             continue
