@@ -187,7 +187,13 @@ class PromptStacker:
 
     # -- rows ----------------------------------------------------------------------------------------------------------
 
-    def stack(self, kwargs: dict[str, Any], with_main: bool, attention: PromptAttention | None = None) -> StackedPrompt:
+    def stack(
+        self,
+        kwargs: dict[str, Any],
+        with_main: bool,
+        attention: PromptAttention | None = None,
+        replies: Sequence[Tensor] | None = None,
+    ) -> StackedPrompt:
         """
         Read the arguments of a forward in every branch.
 
@@ -199,6 +205,8 @@ class PromptStacker:
             Whether the main branch is among the rows, as the first block.
         attention
             What the main rows attended to, if they were read before.
+        replies
+            What the model said to `DecodingMethod.asks_first`, by row.
 
         Raises
         ------
@@ -218,7 +226,7 @@ class PromptStacker:
         given: Layout | None = None
         if any(branch.image == "replaced" for branch in self.branches):
             given = build_layout(input_ids, mask, self.family, list(visions.values()))
-            images = ImageStage(input_ids, mask, given, entries, visions, records)
+            images = ImageStage(input_ids, mask, given, entries, visions, records, attention, replies)
             for branch in self.branches:
                 if branch.image == "replaced":
                     replaced[branch.name] = self.shown.replaced(branch, images)
@@ -230,7 +238,7 @@ class PromptStacker:
             layout,
             entries,
         )
-        images = ImageStage(main.input_ids, main.mask, layout, entries, visions, records, attention)
+        images = ImageStage(main.input_ids, main.mask, layout, entries, visions, records, attention, replies)
         readings = [self._read_main(main, texts[-1], kwargs, images)] if with_main else []
         for branch, text in zip(self.branches, texts[1:-1], strict=True):
             if branch.image == "replaced":

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
+from lmmhooks.engines.asking import PromptAsker
 from lmmhooks.engines.attach import Attachments
 from lmmhooks.engines.branch_attention import BranchAttender
 from lmmhooks.engines.branch_cache import BranchCache, refuse_static
@@ -96,6 +97,8 @@ class BranchEngine:
         self.stacks = bool(self.branches) or not self.stacker.main.same_tokens
         self.reader = StepReader(runtime, self.method)
         self.prompt_reader = PromptReader(runtime, self.method)
+        asked = self.method.asks_first(self.family) if self.branches else None
+        self.asker = PromptAsker(runtime, self.method, *asked, self.encoder, self._run) if asked else None
         self.attender = BranchAttender(runtime, self.method, self.branches)
         self._names = list(inspect.signature(self.family.model.forward).parameters)
         self._call: _Call | None = None
@@ -186,7 +189,7 @@ class BranchEngine:
         if not self._caches(encoded):
             call.generated = self._count_uncached(encoded)
         if not self.apart:
-            stacked = self.stacker.stack(encoded, with_main=True)
+            stacked = self.stacker.stack(encoded, with_main=True, replies=self._replies(encoded))
             if self.shares and self._caches(encoded) and can_share(self._inner_cache(encoded)):
                 call.shared = SharedPrompt.of(stacked, call.rows, self.family.visual_ids)
             if call.shared is not None:
@@ -295,7 +298,7 @@ class BranchEngine:
         self, attention: PromptAttention, prompt: dict[str, Any], logits_to_keep: Any
     ) -> tuple[Tensor, BranchCache]:
         given = {**prompt, "past_key_values": None, "use_cache": True}
-        stacked = self.stacker.stack(given, with_main=False, attention=attention)
+        stacked = self.stacker.stack(given, with_main=False, attention=attention, replies=self._replies(prompt))
         call = _Call(rows=0, blocks=len(self.branches), logits_to_keep=logits_to_keep)
         kwargs = self._prompt_forward(call, stacked, prompt)
         kwargs["logits_to_keep"] = logits_to_keep if self.stacker.same_tokens else 1
@@ -303,6 +306,9 @@ class BranchEngine:
         assert call.cache is not None
         call.cache.prompt_read()
         return logits, call.cache
+
+    def _replies(self, encoded: dict[str, Any]) -> list[Tensor] | None:
+        return None if self.asker is None else self.asker.ask(encoded)
 
     def _continue_lazily(self, tokens: Tensor, cache: BranchCache, logits_to_keep: Any) -> tuple[Tensor, BranchCache]:
         kwargs = self._continuation(cache, {"input_ids": tokens})
