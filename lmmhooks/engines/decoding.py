@@ -25,7 +25,7 @@ from lmmhooks.engines.attach import Attachments
 from lmmhooks.engines.branch_attention import BranchAttender
 from lmmhooks.engines.branch_cache import BranchCache, refuse_static
 from lmmhooks.engines.branch_features import PromptAttention, PromptReader
-from lmmhooks.engines.branch_rows import position_after, tokens_of
+from lmmhooks.engines.branch_rows import main_rows, position_after, refuse_drafts, tokens_of
 from lmmhooks.engines.branch_vision import BranchEncoder
 from lmmhooks.engines.branches import PromptStacker, StackedPrompt
 from lmmhooks.engines.lazy_branches import LazyBranches
@@ -179,13 +179,8 @@ class BranchEngine:
         """Arguments of the forward that reads the prompt."""
         encoded = self.stacker.encode(given)
         self.stacker.check(encoded)
-        several = isinstance(call.logits_to_keep, Tensor) or call.logits_to_keep > 1
-        if several and (self.prompt_reader.layers or self.attender.hides):
-            raise PromptError(
-                f"logits_to_keep={call.logits_to_keep!r} asks for several positions of a prompt, so that it is not "
-                f"known which is the last token of the prompt, by which {self.method.id} chooses; leave it out, and "
-                "generate without drafts (prompt_lookup_num_tokens, assistant_model)"
-            )
+        if self.prompt_reader.layers or self.attender.hides:
+            refuse_drafts(self.method.id, call.logits_to_keep)
         if not self._caches(encoded):
             call.generated = self._count_uncached(encoded)
         if not self.apart:
@@ -369,7 +364,7 @@ class BranchEngine:
             combined = self._combine_lazily(call, call.lazy, main, grown)
             state.branch_steps = call.lazy.steps_run / call.lazy.steps
         self.reader.end()
-        result = self._main_rows(output, combined, call)
+        result = main_rows(output, combined, call.rows, call.blocks)
         return result.to_tuple() if call.as_tuple else result
 
     def _remember(self) -> None:
@@ -403,20 +398,3 @@ class BranchEngine:
             call.cache.append(lazy.cache)
             self.runtime.last_state.append_blocks(len(self.branches))
         return self._combine(main, [branch[:, -main.shape[1] :] for branch in caught_up], grown)
-
-    def _main_rows(self, output: Any, logits: Tensor, call: _Call) -> Any:
-        """
-        The output with combined logits and the main rows of everything per row.
-
-        Features of images describe all branches and are left out.
-        """
-        fields = dict(output)
-        fields["logits"] = logits
-        for name, value in output.items():
-            if name in ("image_hidden_states", "video_hidden_states") and call.blocks > 1:
-                fields[name] = None
-            elif isinstance(value, tuple) and call.blocks > 1:
-                fields[name] = tuple(item[: call.rows] if isinstance(item, Tensor) else item for item in value)
-            elif name == "rope_deltas" and value is not None:
-                fields[name] = value[: call.rows]
-        return type(output)(**fields)
