@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from lmmhooks.engines.branch_rows import spans_in_order
 from lmmhooks.engines.branch_vision import EncodedImages, Entry, image_generator
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
     from lmmhooks.engines.editing import Edit
     from lmmhooks.engines.runtime import Runtime
 
-__all__ = ["ImageStage", "PromptAttention", "PromptReader", "ShownImages"]
+__all__ = ["ImageStage", "PromptAttention", "PromptReader", "ShownImages", "image_pixels"]
 
 #: What stands in an image's place: visual tokens, or ids of text.
 Shown = tuple[Tensor, ...] | Tensor
@@ -99,6 +98,8 @@ class ImageStage:
         The encoder calls, and what was noted of them.
     attention
         Of the main rows, if they were read before.
+    replies
+        What the model said to `DecodingMethod.asks_first`, by row.
     """
 
     input_ids: Tensor
@@ -108,6 +109,7 @@ class ImageStage:
     visions: Mapping[str, VisionInputs]
     records: Mapping[str, EncodedImages | None]
     attention: PromptAttention | None = None
+    replies: Sequence[Tensor] | None = None
 
     def images(self) -> Iterator[tuple[VisualSpan, list[Entry]]]:
         """Every image of every row with its entries, in row order within a modality."""
@@ -130,6 +132,7 @@ class ShownImages:
     """
 
     def __init__(self, runtime: Runtime, method: DecodingMethod) -> None:
+        self.runtime = runtime
         self.family = runtime.family
         self.method = method
         self.probes = list(method.probes(runtime.family))
@@ -197,6 +200,9 @@ class ShownImages:
                 readings=values,
                 attention=None if stage.attention is None else stage.attention.of_image.get(_place_of(span)),
                 prompt=rows[span.sample],
+                ordinal=span.image,
+                processor=self.runtime.processor,
+                reply=None if stage.replies is None else stage.replies[span.sample],
                 generator=partial(self._generator, branch, stage, span),
             )
 
@@ -225,14 +231,7 @@ class ShownImages:
                 f"{span.modality} features were encoded before {self.method.id} was attached, so its random numbers "
                 "cannot be tied to the pixels; pass pixel_values instead of mm_encoder_outputs"
             )
-        vision = VisionInputs(record.modality, record.arguments, BaseModelOutputWithPooling(pooler_output=[]))
-        pieces = self.family.unpack_pixels(vision)
-        sizes = stage.visions[span.modality].entries_per_image or ()
-        if len(pieces) != len(sizes):  # tiles, several of which make up an image
-            start = sum(sizes[: span.source])
-            pixels = torch.cat(pieces[start : start + sizes[span.source]])
-        else:
-            pixels = pieces[span.source]
+        pixels = image_pixels(self.family, stage.visions[span.modality], span.source)
         return image_generator(pixels.float(), branch, getattr(self.method, "seed", 0))
 
     # -- what a method may answer --------------------------------------------------------------------------------------
@@ -249,11 +248,22 @@ class ShownImages:
 
     def _check_ids(self, branch: Branch, ids: Tensor) -> None:
         placeholders = torch.tensor(self.family.visual_ids, device=ids.device)
-        if ids.ndim != 1 or not len(ids) or ids.is_floating_point() or bool(torch.isin(ids, placeholders).any()):
+        if ids.ndim != 1 or ids.is_floating_point() or bool(torch.isin(ids, placeholders).any()):
             raise MethodError(
                 f"{self.method.id}: branch {branch.name!r} puts {ids.dtype} {list(ids.shape)} in the place of an "
-                "image; give at least one token id, [k] long, none of which stands for an image"
+                "image; give token ids, [k] long, none of which stands for an image"
             )
+
+
+def image_pixels(family: Any, vision: VisionInputs, source: int) -> Tensor:
+    """Pixels ``[crops or frames, C, H, W]`` of one image of an encoder call, placed in a prompt before."""
+    pieces = family.unpack_pixels(vision)
+    sizes = vision.entries_per_image or ()
+    if len(pieces) == len(sizes):
+        return pieces[source]
+    # Tiles, several of which make up an image.
+    start = sum(sizes[:source])
+    return torch.cat(pieces[start : start + sizes[source]])
 
 
 def _whole(span: VisualSpan, entries: Sequence[Entry]) -> tuple[Tensor, ...]:

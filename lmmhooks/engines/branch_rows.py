@@ -17,7 +17,9 @@ __all__ = [
     "entry_order",
     "grids_of",
     "left_pad",
+    "main_rows",
     "position_after",
+    "refuse_drafts",
     "replace_images",
     "shift_sources",
     "spans_in_order",
@@ -41,6 +43,16 @@ def tokens_of(kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
             f"attention_mask is {shape}; decoding methods need [batch, length] = {list(input_ids.shape)}, 0 for padding"
         )
     return input_ids, mask.bool()
+
+
+def refuse_drafts(method: str, logits_to_keep: Any) -> None:
+    """Raise PromptError for a prompt of which several positions are asked for: which is its last is not known then."""
+    if isinstance(logits_to_keep, Tensor) or logits_to_keep > 1:
+        raise PromptError(
+            f"logits_to_keep={logits_to_keep!r} asks for several positions of a prompt, so that it is not known which "
+            f"is the last token of the prompt, by which {method} chooses; leave it out, and generate without drafts "
+            "(prompt_lookup_num_tokens, assistant_model)"
+        )
 
 
 def left_pad(rows: Sequence[Tensor], length: int) -> Tensor:
@@ -138,3 +150,30 @@ def replace_images(
             cursor = span.start
         rows.append(torch.cat([*pieces, ids[cursor:][keep[cursor:]]]))
     return rows
+
+
+def main_rows(output: Any, logits: Tensor, num_rows: int, num_blocks: int) -> Any:
+    """
+    A model's output with combined logits and the main rows of everything per row.
+
+    Parameters
+    ----------
+    output
+        Of a forward of ``num_blocks`` blocks of rows.
+    logits
+        ``[B, k, vocabulary]`` to put into it.
+    num_rows
+        Rows B of a block; the main ones come first.
+    num_blocks
+        With several, features of images describe all branches and are left out.
+    """
+    fields = dict(output)
+    fields["logits"] = logits
+    for name, value in output.items():
+        if name in ("image_hidden_states", "video_hidden_states") and num_blocks > 1:
+            fields[name] = None
+        elif isinstance(value, tuple) and num_blocks > 1:
+            fields[name] = tuple(item[:num_rows] if isinstance(item, Tensor) else item for item in value)
+        elif name == "rope_deltas" and value is not None:
+            fields[name] = value[:num_rows]
+    return type(output)(**fields)

@@ -122,7 +122,7 @@ def _looks_back(family: Any, part: Method) -> bool:
 
 
 def _reads_tower(family: Any, part: Method) -> bool:
-    readers = (AttentionMethod, SteeringMethod, ReductionMethod)
+    readers = (AttentionMethod, SteeringMethod, ReductionMethod, DecodingMethod)
     return isinstance(part, readers) and any(probe.signal.startswith("vision") for probe in part.probes(family))
 
 

@@ -20,11 +20,12 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
+from lmmhooks.engines.asking import PromptAsker
 from lmmhooks.engines.attach import Attachments
 from lmmhooks.engines.branch_attention import BranchAttender
 from lmmhooks.engines.branch_cache import BranchCache, refuse_static
 from lmmhooks.engines.branch_features import PromptAttention, PromptReader
-from lmmhooks.engines.branch_rows import position_after, tokens_of
+from lmmhooks.engines.branch_rows import main_rows, position_after, refuse_drafts, tokens_of
 from lmmhooks.engines.branch_vision import BranchEncoder
 from lmmhooks.engines.branches import PromptStacker, StackedPrompt
 from lmmhooks.engines.lazy_branches import LazyBranches
@@ -96,6 +97,8 @@ class BranchEngine:
         self.stacks = bool(self.branches) or not self.stacker.main.same_tokens
         self.reader = StepReader(runtime, self.method)
         self.prompt_reader = PromptReader(runtime, self.method)
+        asked = self.method.asks_first(self.family) if self.branches else None
+        self.asker = PromptAsker(runtime, self.method, *asked, self.encoder, self._run) if asked else None
         self.attender = BranchAttender(runtime, self.method, self.branches)
         self._names = list(inspect.signature(self.family.model.forward).parameters)
         self._call: _Call | None = None
@@ -176,17 +179,12 @@ class BranchEngine:
         """Arguments of the forward that reads the prompt."""
         encoded = self.stacker.encode(given)
         self.stacker.check(encoded)
-        several = isinstance(call.logits_to_keep, Tensor) or call.logits_to_keep > 1
-        if several and (self.prompt_reader.layers or self.attender.hides):
-            raise PromptError(
-                f"logits_to_keep={call.logits_to_keep!r} asks for several positions of a prompt, so that it is not "
-                f"known which is the last token of the prompt, by which {self.method.id} chooses; leave it out, and "
-                "generate without drafts (prompt_lookup_num_tokens, assistant_model)"
-            )
+        if self.prompt_reader.layers or self.attender.hides:
+            refuse_drafts(self.method.id, call.logits_to_keep)
         if not self._caches(encoded):
             call.generated = self._count_uncached(encoded)
         if not self.apart:
-            stacked = self.stacker.stack(encoded, with_main=True)
+            stacked = self.stacker.stack(encoded, with_main=True, replies=self._replies(encoded))
             if self.shares and self._caches(encoded) and can_share(self._inner_cache(encoded)):
                 call.shared = SharedPrompt.of(stacked, call.rows, self.family.visual_ids)
             if call.shared is not None:
@@ -295,7 +293,7 @@ class BranchEngine:
         self, attention: PromptAttention, prompt: dict[str, Any], logits_to_keep: Any
     ) -> tuple[Tensor, BranchCache]:
         given = {**prompt, "past_key_values": None, "use_cache": True}
-        stacked = self.stacker.stack(given, with_main=False, attention=attention)
+        stacked = self.stacker.stack(given, with_main=False, attention=attention, replies=self._replies(prompt))
         call = _Call(rows=0, blocks=len(self.branches), logits_to_keep=logits_to_keep)
         kwargs = self._prompt_forward(call, stacked, prompt)
         kwargs["logits_to_keep"] = logits_to_keep if self.stacker.same_tokens else 1
@@ -303,6 +301,9 @@ class BranchEngine:
         assert call.cache is not None
         call.cache.prompt_read()
         return logits, call.cache
+
+    def _replies(self, encoded: dict[str, Any]) -> list[Tensor] | None:
+        return None if self.asker is None else self.asker.ask(encoded)
 
     def _continue_lazily(self, tokens: Tensor, cache: BranchCache, logits_to_keep: Any) -> tuple[Tensor, BranchCache]:
         kwargs = self._continuation(cache, {"input_ids": tokens})
@@ -363,7 +364,7 @@ class BranchEngine:
             combined = self._combine_lazily(call, call.lazy, main, grown)
             state.branch_steps = call.lazy.steps_run / call.lazy.steps
         self.reader.end()
-        result = self._main_rows(output, combined, call)
+        result = main_rows(output, combined, call.rows, call.blocks)
         return result.to_tuple() if call.as_tuple else result
 
     def _remember(self) -> None:
@@ -397,20 +398,3 @@ class BranchEngine:
             call.cache.append(lazy.cache)
             self.runtime.last_state.append_blocks(len(self.branches))
         return self._combine(main, [branch[:, -main.shape[1] :] for branch in caught_up], grown)
-
-    def _main_rows(self, output: Any, logits: Tensor, call: _Call) -> Any:
-        """
-        The output with combined logits and the main rows of everything per row.
-
-        Features of images describe all branches and are left out.
-        """
-        fields = dict(output)
-        fields["logits"] = logits
-        for name, value in output.items():
-            if name in ("image_hidden_states", "video_hidden_states") and call.blocks > 1:
-                fields[name] = None
-            elif isinstance(value, tuple) and call.blocks > 1:
-                fields[name] = tuple(item[: call.rows] if isinstance(item, Tensor) else item for item in value)
-            elif name == "rope_deltas" and value is not None:
-                fields[name] = value[: call.rows]
-        return type(output)(**fields)

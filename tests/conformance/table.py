@@ -149,6 +149,8 @@ ROWS: dict[str, Row] = {
     "avisc": Row("avisc(lam=0.5, beta=0.0)"),
     "mod": Row("mod(beta=0.0)"),
     "agla": Row("agla(relevance='attention', similarity=1.0, beta=0.0)"),
+    # So steep a divergence is next to nothing, and drops nothing.
+    "code": Row("code(power=20.0, instruction=(20, 21, 22), max_description=3)"),
     "causalmm": Row(
         "causalmm(vision='uniform', language='reverse', layers=(1, 2), beta=0.0)",
     ),

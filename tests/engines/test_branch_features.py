@@ -333,6 +333,43 @@ def answered_states(zoo: Any, inputs: dict[str, Tensor]) -> list[Tensor]:
     return states
 
 
+# -- composition -----------------------------------------------------------------------------------------------------
+
+METHODS = (
+    "damro(topk=3, beta=0.0)",
+    "vdd(beta=0.0)",
+    "avisc(lam=0.5, beta=0.0)",
+    "mod(beta=0.0)",
+    "causalmm(vision='shuffle', language='reverse', layers=(1, 2), beta=0.0)",
+    "sid(num_keep=2, beta=0.0)",
+    "agla(relevance='attention', similarity=1.0, beta=0.0)",
+    "code(power=20.0, instruction=(20, 21, 22), max_description=3)",
+)
+
+
+@pytest.mark.parametrize("below", ["fastervlm(keep=4)", "var(sink_dims='any', tau=2.6, rho=0.3)"])
+@pytest.mark.parametrize("spec", METHODS)
+def test_rows_equal_single_prompts_beside_other_methods(spec, below):
+    zoo = build("llava")
+    inputs = zoo.inputs(batch=2, images=[2, 1])
+    tokens, logits = answered(zoo, inputs, below, spec)
+    _, without = answered(zoo, inputs, below)
+    assert (logits - without)[:, 0].abs().max() > 1e-3
+    for row in range(2):
+        one, alone = answered(zoo, zoo.row(inputs, row), below, spec)
+        assert torch.equal(tokens[row : row + 1], one)
+        # Logits of about 5, times weights that sum to 5 with mod.
+        torch.testing.assert_close(logits[row : row + 1], alone, atol=2e-4, rtol=0)
+
+
+def test_methods_that_read_the_tower_refuse_one_with_fewer_patches():
+    zoo = build("llava")
+    for spec in METHODS:
+        if spec.startswith(("damro", "causalmm")):
+            with pytest.raises(MethodError, match="reads all patches of the vision tower"):
+                lmmhooks.wrap(zoo.model, "tome(keep=6)", spec)
+
+
 # -- refusals --------------------------------------------------------------------------------------------------------
 
 

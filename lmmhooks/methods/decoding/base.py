@@ -208,6 +208,10 @@ class DecodingMethod(Method):
         """Signals of the vision tower that `ImageView.readings` holds."""
         return ()
 
+    def asks_first(self, family: Any) -> tuple[Branch, int] | None:
+        """A reading that the model answers greedily before any other, with so many tokens at most; kept by image."""
+        return None
+
     def branch_layers(self, family: Any) -> Sequence[int]:
         """Decoder layers in which `hide_keys` and `attend` are asked about the rows of branches."""
         return ()
@@ -343,7 +347,7 @@ class DecodingMethod(Method):
         -------
         tuple of Tensor, or Tensor
             Visual tokens, each ``[k, D]`` with ``k >= 1``, as many tensors as ``features``; or ids of text, long
-            ``[k]``, which also take the place of the tokens that open and close an image.
+            ``[k]`` with ``k >= 0``, which also take the place of the tokens that open and close an image.
         """
         raise NotImplementedError
 

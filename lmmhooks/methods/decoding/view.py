@@ -123,6 +123,12 @@ class ImageView:
         that do not read after the main one.
     prompt
         Long: the row's tokens without padding.
+    ordinal
+        Which image of its row it is, from 0.
+    processor
+        That was given to ``wrap``; None without one.
+    reply
+        Long ``[n]``: what the model said to the row's reading of `DecodingMethod.asks_first`; None without one.
     generator
         Makes a generator on the CPU that gives the image the same numbers in any batch.
     """
@@ -133,6 +139,9 @@ class ImageView:
     readings: Mapping[str, Tensor]
     attention: Tensor | None
     prompt: Tensor
+    ordinal: int
+    processor: Any
+    reply: Tensor | None
     generator: Callable[[], torch.Generator]
 
 
