@@ -62,7 +62,7 @@ def test_generates_the_tokens_of_the_naive_rendering(mode):
 
 def test_dropped_tokens_are_those_of_the_formula():
     main, text = torch.randn(2, 6, 40, generator=torch.Generator().manual_seed(1)) * 3
-    out = PaiGuidance(gamma=1.1).combine(main, [text], step=0)
+    out = PaiGuidance(gamma=1.1).combine(main, [text], step=0, view=None)
     c = main.log_softmax(-1)
     assert torch.equal(out == -math.inf, c < math.log(0.1) + c.amax(-1, keepdim=True))
     assert (out == -math.inf).any()
