@@ -73,7 +73,7 @@ class BranchAttender:
             return call
         before, mask = stage.scratch.get("mask without hidden keys", ({}, None))
         if before.keys() != hidden.keys() or any(before[name] is not keys for name, keys in hidden.items()):
-            mask = _mask(call, stage.layout, [(self.rows[name], keys) for name, keys in hidden.items()])
+            mask = _mask(call, stage, [(self.rows[name], keys) for name, keys in hidden.items()])
             stage.scratch["mask without hidden keys"] = hidden, mask
         return replace(call, mask=mask)
 
@@ -121,7 +121,7 @@ class BranchAttender:
             prompt_length=layout.length - state.grown,
             keep_for_later=partial(_note, memory, stage),
             from_earlier=partial(_recall, memory, stage, state, rows),
-            weights_of=partial(_weights, own, layout),
+            weights_of=partial(_weights, own, layout, stage.mask is not None),
             plain=partial(_plain, own),
         )
 
@@ -131,21 +131,21 @@ def _cut(layout: Layout, rows: slice) -> Layout:
     return Layout(layout.segment[rows], tuple(spans))
 
 
-def _allowed(call: AttentionCall, layout: Layout, rows: Tensor) -> Tensor | None:
-    valid = None if bool(layout.valid.all()) else layout.valid
+def _allowed(call: AttentionCall, layout: Layout, padded: bool, rows: Tensor) -> Tensor | None:
+    valid = layout.valid if padded else None
     return visible(call.dense_mask, rows, call.query.shape[2], layout.length, valid, causal=True)
 
 
-def _weights(call: AttentionCall, layout: Layout, rows: Tensor) -> Tensor:
+def _weights(call: AttentionCall, layout: Layout, padded: bool, rows: Tensor) -> Tensor:
     scores = row_scores(take_rows(call.query, rows), call.key, call.scaling, call.kwargs.get("softcap"))
-    return torch.softmax(hide(scores, _allowed(call, layout, rows)), dim=-1)
+    return torch.softmax(hide(scores, _allowed(call, layout, padded, rows)), dim=-1)
 
 
 def _plain(call: AttentionCall) -> Tensor:
     return call.run_base()[0].transpose(1, 2)
 
 
-def _mask(call: AttentionCall, layout: Layout, hidden: Sequence[tuple[slice, Tensor]]) -> Tensor:
+def _mask(call: AttentionCall, stage: Stage, hidden: Sequence[tuple[slice, Tensor]]) -> Tensor:
     """The mask of a call, as its backend wants it, with more keys hidden from some of its rows."""
     if call.backend not in ("sdpa", "eager"):
         raise ModelError(
@@ -154,9 +154,9 @@ def _mask(call: AttentionCall, layout: Layout, hidden: Sequence[tuple[slice, Ten
         )
     batch, _, queries, _ = call.query.shape
     rows = torch.arange(queries, device=call.query.device).expand(batch, -1)
-    allowed = _allowed(call, layout, rows)
+    allowed = _allowed(call, stage.layout, stage.mask is not None, rows)
     if allowed is None:
-        allowed = torch.ones(batch, 1, queries, layout.length, dtype=torch.bool, device=call.query.device)
+        allowed = torch.ones(batch, 1, queries, stage.layout.length, dtype=torch.bool, device=call.query.device)
     allowed = allowed.expand(batch, -1, -1, -1).clone()
     lowest = torch.finfo(call.query.dtype).min
     for where, keys in hidden:

@@ -68,7 +68,8 @@ class PromptReader:
         read, self._rows = self._rows, {}
         if not read:
             return {}
-        rows = torch.stack([read[layer] for layer in self.layers])
+        # Layers may lie on several devices.
+        rows = torch.stack([read[layer].to(read[self.layers[0]].device) for layer in self.layers])
         return {_place_of(span): rows[:, span.sample, span.positions.to(rows.device)] for span in layout.spans}
 
     def _hear(self, layer: int, weights: Tensor, members: Tensor, rows: Tensor, edit: Edit) -> None:
