@@ -16,3 +16,9 @@ def pixels_argument(modality: str, arguments: Collection[str]) -> str:
     """Name of the encoder argument that holds the pixels; some encoders named a video's like an image's until 5.20."""
     name = {"image": "pixel_values", "video": "pixel_values_videos"}[modality]
     return "pixel_values" if name not in arguments and "pixel_values" in arguments else name
+
+
+def continuation_arguments(model: Any, vocabulary: int) -> dict[str, int]:
+    """Arguments of beam search's choice of continuations beyond those of every version: in older ones the vocabulary."""
+    wanted = "vocab_size" in inspect.signature(model._get_top_k_continuations).parameters
+    return {"vocab_size": vocabulary} if wanted else {}

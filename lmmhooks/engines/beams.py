@@ -11,6 +11,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from transformers import GenerationConfig
 
+from lmmhooks.compat import continuation_arguments
+
 __all__ = ["Beams", "Chosen", "Rules", "top_candidates"]
 
 
@@ -116,6 +118,7 @@ class Beams:
             beams_to_keep=rules.num_kept,
             num_beams=rules.num_beams,
             batch_size=1,
+            **continuation_arguments(rules.model, scores.shape[-1]),
         )
         return Chosen(self, scores, tokens, indices)
 
