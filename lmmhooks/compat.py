@@ -19,6 +19,6 @@ def pixels_argument(modality: str, arguments: Collection[str]) -> str:
 
 
 def continuation_arguments(model: Any, vocabulary: int) -> dict[str, int]:
-    """Arguments of beam search's choice of continuations beyond those of every version: in older ones the vocabulary."""
+    """What beam search wants to know to choose continuations, beyond what it does in every version."""
     wanted = "vocab_size" in inspect.signature(model._get_top_k_continuations).parameters
     return {"vocab_size": vocabulary} if wanted else {}
