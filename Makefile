@@ -103,7 +103,7 @@ results: env ## run all attention methods on the bundled models again (about hal
 	  $(BIN)/python scripts/store_results.py runs/attention-$$name --out docs/results/attention-tiny-$$name.json \
 	  || exit 1; done
 
-sweep: env ## run every reducer at equal budgets on the bundled models (hours), then run `make docs`
+sweep: env ## run every reducer at equal budgets on the bundled models (about an hour), then run `make docs`
 	$(BIN)/lmmhooks run reduction-sweep --out runs/reduction-llava --resume
 	$(BIN)/python scripts/store_results.py runs/reduction-llava --out docs/results/reduction-tiny-llava.json
 	$(BIN)/lmmhooks run reduction-sweep-qwen --out runs/reduction-qwen --resume

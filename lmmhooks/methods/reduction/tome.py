@@ -8,8 +8,8 @@ attention knows the sizes: their logarithm is added to the logits ("proportional
 Paper: "Token Merging: Your ViT but Faster", ICLR 2023, arXiv 2210.09461. Code: github.com/facebookresearch/ToMe
 (CC-BY-NC-4.0; written from its description). The release is for classifiers; what a multimodal model needs beyond it is
 ours: layers behind the one that feeds the projector merge nothing, and a merged token enters the decoder at the place
-of its first patch. How the figures that pruning papers report for "ToMe" were made is UNVERIFIED. Merging once behind a
-tower that attends in windows or joins patches itself is left out.
+of its first patch. How the figures that pruning papers report for "ToMe" were made is UNVERIFIED. Behind a tower that
+attends in windows or joins patches itself, `tome-post` merges once.
 """
 
 from __future__ import annotations
