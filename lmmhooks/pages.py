@@ -16,7 +16,16 @@ if TYPE_CHECKING:
 
     from PIL import Image
 
-__all__ = ["Chart", "chart", "data_uri", "write_page"]
+__all__ = ["Chart", "chart", "data_uri", "render", "write_page"]
+
+
+def render(template: str, **values: Any) -> str:
+    """A template of ``lmmhooks/templates`` filled in; every text among the values is escaped."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    loader = PackageLoader("lmmhooks", "templates")
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    return environment.get_template(template).render(**values)
 
 
 def write_page(template: str, path: str | PathLike[str], **values: Any) -> Path:
@@ -28,11 +37,7 @@ def write_page(template: str, path: str | PathLike[str], **values: Any) -> Path:
     LmmhooksError
         The file cannot be written.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    loader = PackageLoader("lmmhooks", "templates")
-    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    page = environment.get_template(template).render(**values)
+    page = render(template, **values)
     target = Path(path)
     try:
         target.write_text(page, encoding="utf-8")
