@@ -20,6 +20,7 @@ from .errors import ModelError, closest
 from .head import LanguageHead
 from .inputs import ModelInputs
 from .parts import LayerParts
+from .placing import Placing
 from .smaller import SmallerImages
 from .usable import unusable, uses_attention_interface
 from .vision import ImageTokens, VisionInputs
@@ -31,7 +32,7 @@ _TOWERS = ("vision_tower", "visual", "vision_model", "vision_encoder", "image_en
 _PROJECTORS = ("multi_modal_projector", "mm_projector", "connector", "aligner", "projector")
 
 
-class Family(ModelInputs, LayerParts, LanguageHead, SmallerImages):
+class Family(ModelInputs, LayerParts, LanguageHead, SmallerImages, Placing):
     """
     The parts of one loaded model, and the geometry of its visual tokens.
 
@@ -68,6 +69,8 @@ class Family(ModelInputs, LayerParts, LanguageHead, SmallerImages):
         Every patch becomes one visual token, by itself: features of the tower can be changed and projected again.
     has_tiles
         An image may be seen as several crops (tiles), whose number depends on its size.
+    encodes_images_alone
+        Features of an image do not depend on how many images the prompt has.
     feature_layer
         0-based vision layer whose output the projector reads; the last one listed where several are concatenated.
     full_attention_vision_layers
@@ -86,6 +89,7 @@ class Family(ModelInputs, LayerParts, LanguageHead, SmallerImages):
 
     projects_patches: ClassVar[bool] = False
     has_tiles: ClassVar[bool] = False
+    encodes_images_alone: ClassVar[bool] = True
 
     def __init__(self, model: Any) -> None:
         self.model = model

@@ -25,7 +25,7 @@ from lmmhooks.prompting import answer, as_images, build_batch, open_image
 if TYPE_CHECKING:
     from lmmhooks.engines.runtime import Runtime
 
-__all__ = ["AnswerEngine"]
+__all__ = ["AnswerEngine", "Asker"]
 
 
 class AnswerEngine:
@@ -66,14 +66,19 @@ class AnswerEngine:
         self._asking = True
         try:
             if as_images(image):
-                return self.method.answer(_Asker(self, processor), image, prompt, **generate_kwargs)
+                asker = self.asker(processor, image, prompt, generate_kwargs)
+                return self.method.answer(asker, image, prompt, **generate_kwargs)
             # There is nothing to look at in several ways.
             return answer(self.runtime.family.model, processor, image, prompt, **generate_kwargs)
         finally:
             self._asking = False
 
+    def asker(self, processor: Any, image: Any, prompt: str, generate_kwargs: dict[str, Any]) -> Asker:
+        """What the method is given to run the model; takes out of ``generate_kwargs`` what is not for generation."""
+        return Asker(self, processor)
 
-class _Asker:
+
+class Asker:
     """Runs the model for a method; see `lmmhooks.methods.decoding.answering.Ask`."""
 
     def __init__(self, engine: AnswerEngine, processor: Any) -> None:

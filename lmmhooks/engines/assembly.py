@@ -17,6 +17,7 @@ from lmmhooks.engines.caching import CacheEngine
 from lmmhooks.engines.decoding import BranchEngine
 from lmmhooks.engines.downsampling import DownsamplingEngine
 from lmmhooks.engines.injection import InjectionEngine
+from lmmhooks.engines.looking import LookingEngine
 from lmmhooks.engines.preparing import PromptPreparer
 from lmmhooks.engines.reduction import ReductionEngine
 from lmmhooks.engines.searching import SearchEngine
@@ -35,6 +36,7 @@ from lmmhooks.methods.reduction.compute import ComputeMethod
 from lmmhooks.methods.reduction.downsample import Downsample
 from lmmhooks.methods.reduction.injecting import InjectionMethod
 from lmmhooks.methods.reduction.tower import TowerMethod
+from lmmhooks.methods.refinement.base import RefinementMethod
 
 if TYPE_CHECKING:
     from lmmhooks.engines.runtime import Runtime
@@ -79,6 +81,8 @@ def assemble(runtime: Runtime, methods: Sequence[Method]) -> None:
     if searching is not None:
         # After whatever hands layers masks of their own.
         searching.attach(attach)
+    answerers = _of_kind(methods, AnswerMethod)
+    looking = LookingEngine(runtime, looks) if (looks := _of_kind(answerers, RefinementMethod)) else None
     AttentionEngine(
         runtime,
         edits,
@@ -88,13 +92,14 @@ def assemble(runtime: Runtime, methods: Sequence[Method]) -> None:
             *(caching.decoder_probes if caching else ()),
             *((*branching.reader.probes, *branching.prompt_reader.probes) if branching else ()),
             *([searching.siblings.probe] if searching else ()),
+            *(looking.decoder_probes if looking else ()),
         ],
         [
             *preparer.vision_probes,
             *reduction.vision_probes,
             *(branching.stacker.shown.readings.vision_probes if branching else ()),
         ],
-        reduction.peeked,
+        {*reduction.peeked, *(looking.listened if looking else ())},
         compute,
         branching.attender if branching else None,
     ).attach(attach)
@@ -102,8 +107,9 @@ def assemble(runtime: Runtime, methods: Sequence[Method]) -> None:
     if branching is not None:
         # After whatever shortens or steers states: those that the head reads are seen, counted from the end.
         branching.reader.attach(attach)
-    if answerers := _of_kind(methods, AnswerMethod):
-        AnswerEngine(runtime, answerers).attach(attach)
+    if answerers:
+        # Last but the tower: nothing may stand between passes and the forward that reads what is left of a prompt.
+        (looking or AnswerEngine(runtime, answerers)).attach(attach)
     if inside := _of_kind(reducers, TowerMethod):
         # Last: it takes the place of what other hooks on the MLPs of the tower edit.
         TowerEngine(runtime, inside[0]).attach(attach)

@@ -70,7 +70,9 @@ class AttentionEngine:
             self.listened.update(watched_beforehand(method, family))
         for probe in decoder_probes:
             receive = probe.hears or _weights_only(probe.receive)
-            self.readers[probe.layer].append(RowReader(probe.rows, receive, on_decode=probe.on_decode))
+            self.readers[probe.layer].append(
+                RowReader(probe.rows, receive, on_decode=probe.on_decode, wanted=probe.wanted)
+            )
         for seen in vision_probes:
             # A reducer and an attention method may ask for the same signal.
             if seen not in self.vision_probes[seen.layer]:
@@ -132,11 +134,16 @@ class AttentionEngine:
         if self.compute is not None:
             call = self.compute.answering(layer, state, call)
         methods = [m for m in self.edits[layer] if (state.is_prefill or m.on_decode) and m.edits]
-        readers = [reader for reader in self.readers[layer] if state.is_prefill or reader.on_decode]
+        readers = [
+            reader
+            for reader in self.readers[layer]
+            if (state.is_prefill or reader.on_decode) and (reader.wanted is None or reader.wanted())
+        ]
         if not (methods or readers):
             return call.run_base()
         stage = state.stage_at(layer)
-        plan = stage.rows([*(m.rows for m in methods), *(r.rows for r in readers)], call.query.shape[2])
+        names = [*(m.rows for m in methods), *(r.rows for r in readers)]
+        plan = stage.rows(names, call.query.shape[2], is_prefill=state.is_prefill)
         if plan is None:
             return call.run_base()
         return Edit(layer, self.runtime.family, stage, state, call, state.companion).run(methods, readers, plan)

@@ -45,12 +45,15 @@ class RowReader:
         Whether it reads weights after the edits of the methods, or those the model would have without them.
     on_decode
         Whether it reads tokens that continue the prompt too.
+    wanted
+        Whether anybody listens now; None: always.
     """
 
     rows: str
     receive: Callable[[Tensor, Tensor, Tensor, Edit], None]
     edited: bool = True
     on_decode: bool = False
+    wanted: Callable[[], bool] | None = None
 
 
 @dataclass

@@ -150,23 +150,13 @@ class PlainPasses:
                 handles.append(family.layers[layer].register_forward_pre_hook(_shown(show), with_kwargs=True))
             if through is not None:
                 handles.append(family.layers[through].register_forward_hook(_stop))
-            with self.silent(listeners or {}), torch.no_grad():
+            with self.runtime.silent(listeners or {}), torch.no_grad():
                 return family.text_model(**arguments)
         except _Enough:
             return None
         finally:
             for handle in handles:
                 handle.remove()
-
-    @contextmanager
-    def silent(self, listeners: Mapping[int, Listener]) -> Iterator[None]:
-        """The model as if it were unpatched, but for attention calls of layers that are listened to."""
-        current, before = self.runtime.current, self.runtime.listeners
-        self.runtime.current, self.runtime.listeners = None, listeners
-        try:
-            yield
-        finally:
-            self.runtime.current, self.runtime.listeners = current, before
 
     def _with_image(self) -> dict[str, Any]:
         mask = self.arguments.get("attention_mask")

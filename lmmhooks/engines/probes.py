@@ -31,6 +31,8 @@ class DecoderProbe:
         Called instead, with the rows' indices ``[B, R]`` and the call besides (see `RowReader`).
     on_decode
         Read tokens that continue the prompt too; there, rows are all new tokens.
+    wanted
+        Asked at every call whether anybody listens now; None: always.
     """
 
     layer: int
@@ -38,6 +40,7 @@ class DecoderProbe:
     receive: Callable[[Tensor, Tensor], None] | None = None
     hears: Callable[[Tensor, Tensor, Tensor, Edit], None] | None = None
     on_decode: bool = False
+    wanted: Callable[[], bool] | None = None
 
 
 @dataclass(frozen=True)

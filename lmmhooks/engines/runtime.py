@@ -170,6 +170,16 @@ class Runtime:
             self.probes = []
             self.refresh()
 
+    @contextmanager
+    def silent(self, listeners: Mapping[int, Callable[[AttentionCall], AttentionResult]]) -> Iterator[None]:
+        """The model as if it were unpatched, but for attention calls of layers that are listened to."""
+        before = self.current, self.listeners
+        self.current, self.listeners = None, listeners
+        try:
+            yield
+        finally:
+            self.current, self.listeners = before
+
     def _mark(self, module: nn.Module, args: Any) -> None:
         return None
 

@@ -84,12 +84,20 @@ class Stage:
             self.mask = self.mask[:, :-num_gone]
         self.plans.clear()
 
-    def rows(self, names: Iterable[str], num_queries: int) -> RowPlan | None:
-        """Plan for the named row selections of the current call, kept until the sequence grows."""
+    def rows(self, names: Iterable[str], num_queries: int, *, is_prefill: bool = False) -> RowPlan | None:
+        """
+        Plan for the named row selections of the current call, kept until the sequence grows.
+
+        ``is_prefill``: queries that are fewer than the sequence are its end, of which a selection names some; otherwise
+        they are new tokens, which belong to every selection.
+        """
         wanted = tuple(sorted(set(names)))
         key = (wanted, num_queries)
         if key not in self.plans:
-            if num_queries < self.layout.length:
+            if is_prefill:
+                own = {name: select_rows(self.layout, name)[:, -num_queries:] for name in wanted}
+                self.plans[key] = plan_rows(own)
+            elif num_queries < self.layout.length:
                 batch = self.layout.batch
                 self.plans[key] = all_rows(list(wanted), batch, num_queries, self.layout.segment.device)
             else:

@@ -25,6 +25,8 @@ class LlavaOnevisionFamily(LlavaNextFamily):
     model_types: ClassVar[tuple[str, ...]] = ("llava_onevision",)
     #: Mosaics are interpolated and videos pooled after the projector: a token may stand for several patches.
     projects_patches: ClassVar[bool] = False
+    #: An image is tiled only where it is alone.
+    encodes_images_alone: ClassVar[bool] = False
 
     @property
     def _pooled_side(self) -> int:

@@ -1,0 +1,300 @@
+"""
+Runs methods that look at an image before they answer: passes, attention and gradients read in them, what they share.
+
+All passes go through the model's own ``generate``, under every other method of the model. Where there is none, passes
+share what they have in common (see `lmmhooks.engines.once`); beside other methods, whose effect may depend on the whole
+prompt, every pass reads everything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from lmmhooks.engines.answering import AnswerEngine, Asker
+from lmmhooks.engines.attach import Attachments
+from lmmhooks.engines.backend import AttentionCall, AttentionResult
+from lmmhooks.engines.editing import Edit
+from lmmhooks.engines.once import Picture, ReadOnce
+from lmmhooks.engines.probes import DecoderProbe
+from lmmhooks.engines.rows import apply_weights, row_scores
+from lmmhooks.errors import PromptError
+from lmmhooks.geometry import Geometry, geometry_of
+from lmmhooks.methods.decoding.answering import Reply
+from lmmhooks.methods.refinement.base import RefinementMethod, Seen
+from lmmhooks.prompting import as_images, build_inputs, open_image
+from lmmhooks.vision import PIXELS, VisionInputs
+
+if TYPE_CHECKING:
+    from lmmhooks.engines.runtime import Runtime
+
+__all__ = ["LookingEngine"]
+
+#: Inputs that are about the text of a prompt; the others are about its images.
+TEXT_INPUTS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
+
+
+class LookingEngine(AnswerEngine):
+    """Attaches one method of kind refinement to a model."""
+
+    def __init__(self, runtime: Runtime, methods: Sequence[RefinementMethod]) -> None:
+        super().__init__(runtime, methods)
+        self.once = ReadOnce(runtime, shares=len(runtime.methods()) == 1)
+        self.layers = self.method.layers(runtime.family)
+        self.looked_at: list[Image] = []
+        """Pictures that the newest answer is about, in order."""
+        self.rows: dict[int, list[Tensor]] | None = None
+        """Attention that is being read, by layer and step; None while nobody listens."""
+        self._image = b""
+
+    @property
+    def decoder_probes(self) -> list[DecoderProbe]:
+        """For the attention engine."""
+        return [
+            DecoderProbe(layer, "last", hears=partial(self._hear, layer), on_decode=True, wanted=self._listens)
+            for layer in self.layers
+        ]
+
+    @property
+    def listened(self) -> tuple[int, ...]:
+        """Layers whose attention is computed anew in passes that no prompt state follows."""
+        return self.method.gradient_layers(self.runtime.family)  # type: ignore[no-any-return]
+
+    def attach(self, attachments: Attachments) -> None:
+        super().attach(attachments)
+        self.once.attach(attachments)
+
+    def asker(self, processor: Any, image: Any, prompt: str, generate_kwargs: dict[str, Any]) -> Looker:
+        images = as_images(image)
+        if len(images) != 1:
+            raise PromptError(f"{self.method.id} looks at one image, and was given {len(images)}; ask about each alone")
+        region = generate_kwargs.pop("region", None)
+        looker = Looker(self, processor, open_image(images[0]), prompt, region)
+        if (name := looker.digest(looker.image)) != self._image:
+            # What was kept is about another image.
+            self._image = name
+            self.once.forget()
+            self.memory.clear()
+        return looker
+
+    def _listens(self) -> bool:
+        return self.rows is not None
+
+    def _hear(self, layer: int, weights: Tensor, members: Tensor, rows: Tensor, edit: Edit) -> None:
+        assert self.rows is not None, "somebody listens"
+        [span] = edit.state.layout.spans_of(0)
+        row, index = weights[0, :, -1], edit.stage.index
+        if index is None:
+            seen = row[:, span.positions.to(row.device)]
+        else:
+            # Some tokens are gone; what is left stands elsewhere. Generated tokens lie behind the prompt.
+            known = index[0].to(row.device)
+            full = row.new_zeros(len(row), edit.state.layout.length)
+            full.index_add_(1, known.clamp(min=0), row[:, : len(known)] * (known >= 0))
+            seen = full[:, span.positions.to(row.device)]
+        self.rows[layer].append(seen.float().cpu())
+
+
+class Looker(Asker):
+    """One image in front of the model; see `lmmhooks.methods.refinement.base.Look`."""
+
+    engine: LookingEngine
+
+    def __init__(self, engine: LookingEngine, processor: Any, image: Image, prompt: str, region: Any) -> None:
+        super().__init__(engine, processor)
+        self.image = image
+        self.prompt = prompt
+        self.region = _checked(region, image.size)
+        self.family = engine.runtime.family
+        self._geometry: Geometry | None = None
+
+    @property
+    def geometry(self) -> Geometry:
+        if self._geometry is None:
+            if self.engine.runtime.last is None or not self.engine.runtime.last.stages:
+                self.score(self.prompt)
+            [span] = self.engine.runtime.last_state.layout.spans_of(0)[:1]
+            self._geometry = geometry_of(self.family, span, self.image.size, self.processor)
+        return self._geometry
+
+    # -- passes -------------------------------------------------------------------------------------------------------
+
+    def watch(self, prompt: str, *, max_new_tokens: int) -> Seen:
+        self.engine.rows = rows = {layer: [] for layer in self.engine.layers}
+        try:
+            reply = self._generate(prompt, [self.image], {"max_new_tokens": max_new_tokens})
+        finally:
+            self.engine.rows = None
+        # [T, L, H, n]: what the last token pays is read only if another is predicted from it.
+        steps = torch.stack([torch.stack(layer[: len(reply.tokens)]) for layer in rows.values()], dim=1)
+        self._see()
+        return Seen(reply, steps)
+
+    def score(self, prompt: str, images: Sequence[Image] | None = None) -> Tensor:
+        reply = self._generate(prompt, [self.image] if images is None else images, {"max_new_tokens": 1})
+        return reply.logits[0]
+
+    def tell(
+        self,
+        prompt: str,
+        images: Sequence[Image] | None = None,
+        *,
+        offset: Tensor | None = None,
+        **generate_kwargs: Any,
+    ) -> Reply:
+        shown = [self.image] if images is None else list(images)
+        self.engine.looked_at = shown
+        return self._generate(prompt, shown, generate_kwargs, offset)
+
+    def _generate(
+        self, prompt: str, images: Sequence[Image], arguments: Mapping[str, Any], offset: Tensor | None = None
+    ) -> Reply:
+        inputs = self._inputs(images, prompt)
+        if not arguments.get("do_sample"):
+            arguments = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, **arguments}
+        with self._sharing(images, prompt, inputs, offset), torch.inference_mode():
+            out = self.family.model.generate(**inputs, **arguments, output_logits=True, return_dict_in_generate=True)
+        new = out.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+        # Of beams, rows change places: their logits are not those of the sequence that won.
+        rows = [step[0] for step in out.logits]
+        return self._reply(new, torch.stack(rows).float())
+
+    def _inputs(self, images: Sequence[Image], prompt: str) -> dict[str, Any]:
+        weight = next(self.family.model.parameters())
+        return build_inputs(self.processor, images, prompt, weight.device, weight.dtype)
+
+    @contextmanager
+    def _sharing(
+        self, images: Sequence[Image], prompt: str, inputs: Mapping[str, Any], offset: Tensor | None
+    ) -> Iterator[None]:
+        pictures = []
+        for place, image in enumerate(images):
+            alone = inputs if len(images) == 1 else self._inputs([image], prompt)
+            own = {name: value for name, value in alone.items() if name not in TEXT_INPUTS}
+            pictures.append(Picture(self.digest(image), own, None if place else offset))
+        self.engine.once.pictures = pictures
+        try:
+            yield
+        finally:
+            self.engine.once.pictures = None
+
+    # -- gradients ----------------------------------------------------------------------------------------------------
+
+    def gradient(self, prompt: str, layer: int) -> tuple[Tensor, Tensor]:
+        kwargs, cache = self._read(prompt)
+        length = kwargs["inputs_embeds"].shape[1]
+        before = DynamicCache(config=self.family.text_config)
+        for index, entry in enumerate(cache.layers):
+            before.update(entry.keys[:, :, : length - 1], entry.values[:, :, : length - 1], index)
+        step = {**_without_images(kwargs), "inputs_embeds": kwargs["inputs_embeds"][:, -1:], "past_key_values": before}
+        for name in ("position_ids", "cache_position"):
+            if kwargs.get(name) is not None:
+                step[name] = kwargs[name][..., -1:]
+        leaf: list[Tensor] = []
+
+        def attend(call: AttentionCall) -> AttentionResult:
+            scores = row_scores(call.query, call.key, call.scaling, call.kwargs.get("softcap"))
+            weights = scores.softmax(dim=-1).detach().requires_grad_()
+            leaf.append(weights)
+            return apply_weights(weights, call.value).transpose(1, 2).to(call.query.dtype).contiguous(), None
+
+        # Below the layer nothing asks for gradients: the graph is one token from there on.
+        with torch.enable_grad(), self.engine.runtime.silent({layer: attend}):
+            hidden = self.family.text_model(**step).last_hidden_state
+            chance = self.family.token_logits(hidden[0, -1]).log_softmax(dim=-1).max()
+            [gradient] = torch.autograd.grad(chance, leaf)
+        positions = self._span().positions.to(gradient.device)
+        return leaf[0].detach()[0, :, 0, positions].cpu(), gradient[0, :, 0, positions].cpu()
+
+    def pixel_gradient(self, prompt: str) -> list[Tensor]:
+        inputs = self._inputs([self.image], prompt)
+        name = next(name for name in (PIXELS["image"], *inputs) if name in inputs and inputs[name].is_floating_point())
+        pixels = inputs[name].detach().clone().requires_grad_()
+        with torch.enable_grad():
+            logits = self.family.model(**{**inputs, name: pixels}, use_cache=False, logits_to_keep=1).logits
+            chance = logits[0, -1].float().log_softmax(dim=-1).max()
+            [gradient] = torch.autograd.grad(chance, pixels)
+        self._see()
+        given = {key: value for key, value in inputs.items() if key not in TEXT_INPUTS}
+        # Only the arguments of the call are looked at.
+        features = BaseModelOutputWithPooling(pooler_output=[torch.empty(len(self._span()), 0)])
+        vision = VisionInputs("image", {**given, name: gradient.float().cpu()}, features)
+        return [part for image in self.family.unpack_pixels(vision) for part in image]
+
+    def steer(self, prompt: str, layers: Sequence[int], offset: Tensor) -> Tensor:
+        kwargs, _ = self._read(prompt)
+        span = self._span()
+        embeds = kwargs["inputs_embeds"].clone()
+        places = span.positions.to(embeds.device)
+        embeds = embeds.index_add(1, places, offset.to(embeds)[None])
+        found: dict[int, Tensor] = {}
+        first = span.stop
+
+        def attend(layer: int, call: AttentionCall) -> AttentionResult:
+            scores = row_scores(call.query[:, :, first:], call.key, call.scaling, call.kwargs.get("softcap"))
+            rows = torch.arange(first, call.query.shape[2], device=scores.device)
+            later = torch.arange(call.key.shape[2], device=scores.device) > rows[:, None]
+            found[layer] = scores.masked_fill(later, -torch.inf).softmax(dim=-1)[0][..., places]
+            if layer == max(layers):
+                raise _Enough
+            return call.run_base()
+
+        step = {**kwargs, "inputs_embeds": embeds, "past_key_values": None, "use_cache": False}
+        with torch.enable_grad(), self.engine.runtime.silent({layer: partial(attend, layer) for layer in layers}):
+            try:
+                self.family.text_model(**step)
+            except _Enough:
+                pass
+        return torch.stack([found[layer] for layer in sorted(found)])
+
+    def _read(self, prompt: str) -> tuple[dict[str, Any], DynamicCache]:
+        """What the language model was given to read a prompt about the image, and the cache it left."""
+        inputs = self._inputs([self.image], prompt)
+        with self._sharing([self.image], prompt, inputs, None), torch.no_grad():
+            cache = DynamicCache(config=self.family.text_config)
+            self.engine.once.newest = None
+            self.family.model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        self._see()
+        assert self.engine.once.newest is not None, "the language model has just run"
+        return self.engine.once.newest, cache
+
+    def _span(self) -> Any:
+        return self.engine.runtime.last_state.layout.spans_of(0)[0]
+
+    def _see(self) -> None:
+        """Note where the image's tokens lie, while the newest prompt is one about it."""
+        if self._geometry is None:
+            self._geometry = geometry_of(self.family, self._span(), self.image.size, self.processor)
+
+
+class _Enough(Exception):
+    """What was wanted of a forward has been read."""
+
+
+def _without_images(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of the language model for positions that are text."""
+    return {
+        name: value for name, value in kwargs.items() if name not in ("visual_pos_masks", "deepstack_visual_embeds")
+    }
+
+
+def _checked(region: Any, size: tuple[int, int]) -> tuple[float, float, float, float] | None:
+    """A box in pixels of an image, left, top, right, bottom."""
+    if region is None:
+        return None
+    box = tuple(float(value) for value in region)
+    inside = len(box) == 4 and 0 <= box[0] < box[2] <= size[0] and 0 <= box[1] < box[3] <= size[1]
+    if not inside:
+        raise PromptError(
+            f"region={tuple(region)!r} is no part of the image of {size[0]} x {size[1]} pixels; give left, top, right, "
+            "bottom in pixels"
+        )
+    return box  # type: ignore[return-value] # four numbers

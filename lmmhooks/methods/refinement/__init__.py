@@ -1,0 +1,1 @@
+"""Methods that look at the image first and answer second, one per file."""
