@@ -8,8 +8,8 @@ prompt, every pass reads everything.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -249,10 +249,8 @@ class Looker(Asker):
 
         step = {**kwargs, "inputs_embeds": embeds, "past_key_values": None, "use_cache": False}
         with torch.enable_grad(), self.engine.runtime.silent({layer: partial(attend, layer) for layer in layers}):
-            try:
+            with suppress(_Enough):
                 self.family.text_model(**step)
-            except _Enough:
-                pass
         return torch.stack([found[layer] for layer in sorted(found)])
 
     def _read(self, prompt: str) -> tuple[dict[str, Any], DynamicCache]:
