@@ -7,13 +7,15 @@ With a Pixtral tower the image keeps its aspect ratio, and all images of a call 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ..errors import PromptError
 from ..family import Family
+from ..geometry import CellGrid, Size
+from ..placing import image_processor_of, shown, shown_of_square, whole
 from ..vision import ImageTokens, VisionInputs
 
 __all__ = ["LlavaFamily"]
@@ -64,6 +66,16 @@ class LlavaFamily(Family):
                 f"{len(tokens)}; build the prompt with the processor of this model"
             )
         return tokens
+
+    def placing(self, tokens: ImageTokens, modality: str, size: Size, processor: Any) -> tuple[CellGrid, ...]:
+        if self.tokens_per_image is None:
+            # Pixtral: resized to a whole number of patches, nothing is cut off.
+            width, height = size
+            return whole(tokens, modality, (0.0, 0.0, float(width), float(height)))
+        prepare = image_processor_of(processor, modality)
+        # Of the processors that checkpoints of this family come with, only LLaVA's own pads, and it pads first.
+        padded = getattr(prepare, "do_pad", False) and hasattr(prepare, "pad_to_square")
+        return whole(tokens, modality, (shown_of_square if padded else shown)(prepare, size, self._patch))
 
     def tower_to_tokens(self, per_patch: Sequence[Tensor], vision: VisionInputs) -> list[Tensor]:
         features = torch.cat(list(per_patch))

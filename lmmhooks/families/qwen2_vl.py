@@ -15,6 +15,8 @@ from torch import Tensor
 
 from ..errors import PromptError
 from ..family import Family
+from ..geometry import CellGrid, Size
+from ..placing import whole
 from ..smaller import nearest, resized
 from ..vision import ImageTokens, VisionInputs
 
@@ -44,6 +46,11 @@ class Qwen2VLFamily(Family):
                 f"{cols} gives {frames * rows * cols}; build the prompt with the processor of this model"
             )
         return ImageTokens.raster([(rows, cols)] * frames)
+
+    def placing(self, tokens: ImageTokens, modality: str, size: Size, processor: Any) -> tuple[CellGrid, ...]:
+        # Resized to a whole number of tokens each way, so that nothing is cut off or padded.
+        width, height = size
+        return whole(tokens, modality, (0.0, 0.0, float(width), float(height)))
 
     def tower_to_tokens(self, per_patch: Sequence[Tensor], vision: VisionInputs) -> list[Tensor]:
         # One piece per image or window, of different lengths.
