@@ -248,9 +248,9 @@ class Looker(Asker):
             return call.run_base()
 
         step = {**kwargs, "inputs_embeds": embeds, "past_key_values": None, "use_cache": False}
-        with torch.enable_grad(), self.engine.runtime.silent({layer: partial(attend, layer) for layer in layers}):
-            with suppress(_Enough):
-                self.family.text_model(**step)
+        listeners = {layer: partial(attend, layer) for layer in layers}
+        with torch.enable_grad(), self.engine.runtime.silent(listeners), suppress(_Enough):
+            self.family.text_model(**step)
         return torch.stack([found[layer] for layer in sorted(found)])
 
     def _read(self, prompt: str) -> tuple[dict[str, Any], DynamicCache]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,6 @@ from lmmhooks.errors import PromptError
 from lmmhooks.layout import Layout
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
 
     from lmmhooks.engines.runtime import Runtime
     from lmmhooks.engines.state import PromptState
