@@ -44,7 +44,13 @@ def open_image(source: Any) -> Image.Image:
 
 
 def build_inputs(
-    processor: Any, images: Sequence[Any], prompt: str, device: Any = None, dtype: torch.dtype | None = None
+    processor: Any,
+    images: Sequence[Any],
+    prompt: str | Sequence[str],
+    device: Any = None,
+    dtype: torch.dtype | None = None,
+    *,
+    turns: Sequence[tuple[str, str]] = (),
 ) -> dict[str, Any]:
     """
     Model inputs for one question about some images, through the processor's chat template.
@@ -56,18 +62,20 @@ def build_inputs(
     images
         PIL images or paths, in the order in which they precede the question; may be empty.
     prompt
-        The question.
+        The question; or several texts, one behind each image.
     device
         Where tensors go; None leaves them on the CPU.
     dtype
         Of floating-point tensors (pixels); None leaves them in float32.
+    turns
+        What was said before: questions without image, and their replies.
 
     Raises
     ------
     PromptError
         No processor, an empty prompt, or an image that cannot be read.
     """
-    opened, text = _rendered(processor, images, prompt)
+    opened, text = _rendered(processor, images, prompt, turns)
     inputs = processor(images=opened or None, text=[text], return_tensors="pt")
     return _placed(inputs, device, dtype)
 
@@ -109,11 +117,14 @@ def as_images(image: Any) -> list[Any]:
     return [] if image is None else list(image) if isinstance(image, (list, tuple)) else [image]
 
 
-def _rendered(processor: Any, images: Sequence[Any], prompt: str) -> tuple[list[Image.Image], str]:
+def _rendered(
+    processor: Any, images: Sequence[Any], prompt: str | Sequence[str], turns: Sequence[tuple[str, str]] = ()
+) -> tuple[list[Image.Image], str]:
     """Opened images, and the prompt as the chat template writes it."""
+    texts = [prompt] if isinstance(prompt, str) else list(prompt)
     if processor is None:
         raise PromptError("no processor is known for this model; pass processor=... to wrap()")
-    if not prompt.strip():
+    if not "".join(texts).strip():
         raise PromptError("the prompt is empty; give a question")
     if getattr(processor, "chat_template", None) is None:
         raise PromptError(
@@ -121,9 +132,32 @@ def _rendered(processor: Any, images: Sequence[Any], prompt: str) -> tuple[list[
             "or build the inputs yourself and call model.generate"
         )
     opened = [open_image(image) for image in images]
-    content = [{"type": "image"} for _ in opened] + [{"type": "text", "text": prompt}]
-    text: str = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    return opened, text
+    if len(texts) == 1:
+        return opened, _written(processor, turns, [{"type": "image"} for _ in opened] + [_text(texts[0])])
+    if len(texts) != len(opened):
+        raise PromptError(f"{len(texts)} texts do not go with {len(opened)} images; give one text behind each image")
+    mixed = [part for text in texts for part in ({"type": "image"}, _text(text))]
+    written = _written(processor, turns, mixed)
+    mark = getattr(processor, "image_token", None)
+    if mark is not None and written.find(texts[0].strip()) > written.rfind(mark):
+        # Templates like LLaVA's put all images first; its prompts with several mark their places in the text.
+        written = _written(processor, turns, [_text("".join(f"{mark}\n{text}" for text in texts))])
+    return opened, written
+
+
+def _text(text: str) -> dict[str, str]:
+    return {"type": "text", "text": text}
+
+
+def _written(processor: Any, turns: Sequence[tuple[str, str]], content: list[dict[str, str]]) -> str:
+    """A conversation as the chat template writes it, up to where the next reply begins."""
+    messages: list[dict[str, Any]] = []
+    for question, reply in turns:
+        messages.append({"role": "user", "content": [_text(question)]})
+        messages.append({"role": "assistant", "content": [_text(reply)]})
+    messages.append({"role": "user", "content": content})
+    text: str = processor.apply_chat_template(messages, add_generation_prompt=True)
+    return text
 
 
 def _placed(inputs: Any, device: Any, dtype: torch.dtype | None) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from lmmhooks.errors import PromptError
 from lmmhooks.geometry import Geometry, geometry_of
 from lmmhooks.methods.decoding.answering import Reply
 from lmmhooks.methods.refinement.base import RefinementMethod, Seen
+from lmmhooks.placing import image_processor_of
 from lmmhooks.prompting import as_images, build_inputs, open_image
 from lmmhooks.vision import PIXELS, VisionInputs
 
@@ -125,6 +126,21 @@ class Looker(Asker):
             self._geometry = geometry_of(self.family, span, self.image.size, self.processor)
         return self._geometry
 
+    def at(self, image: Image) -> Looker:
+        return Looker(self.engine, self.processor, image, self.prompt, None)
+
+    @property
+    def mean_color(self) -> tuple[int, int, int]:
+        mean = getattr(image_processor_of(self.processor, "image"), "image_mean", None) or (0.5, 0.5, 0.5)
+        red, green, blue = (int(value * 255) for value in mean)
+        return red, green, blue
+
+    def token(self, word: str) -> int:
+        ids = self.processor.tokenizer(word, add_special_tokens=False)["input_ids"]
+        if len(ids) != 1:
+            raise PromptError(f"{word!r} is {len(ids)} tokens of this model; give a word that is one, such as ' yes'")
+        return int(ids[0])
+
     # -- passes -------------------------------------------------------------------------------------------------------
 
     def watch(self, prompt: str, *, max_new_tokens: int) -> Seen:
@@ -138,26 +154,32 @@ class Looker(Asker):
         self._see()
         return Seen(reply, steps)
 
-    def score(self, prompt: str, images: Sequence[Image] | None = None) -> Tensor:
+    def score(self, prompt: str | Sequence[str], images: Sequence[Image] | None = None) -> Tensor:
         reply = self._generate(prompt, [self.image] if images is None else images, {"max_new_tokens": 1})
         return reply.logits[0]
 
     def tell(
         self,
-        prompt: str,
+        prompt: str | Sequence[str],
         images: Sequence[Image] | None = None,
         *,
         offset: Tensor | None = None,
+        turns: Sequence[tuple[str, str]] = (),
         **generate_kwargs: Any,
     ) -> Reply:
         shown = [self.image] if images is None else list(images)
         self.engine.looked_at = shown
-        return self._generate(prompt, shown, generate_kwargs, offset)
+        return self._generate(prompt, shown, generate_kwargs, offset, turns)
 
     def _generate(
-        self, prompt: str, images: Sequence[Image], arguments: Mapping[str, Any], offset: Tensor | None = None
+        self,
+        prompt: str | Sequence[str],
+        images: Sequence[Image],
+        arguments: Mapping[str, Any],
+        offset: Tensor | None = None,
+        turns: Sequence[tuple[str, str]] = (),
     ) -> Reply:
-        inputs = self._inputs(images, prompt)
+        inputs = self._inputs(images, prompt, turns)
         if not arguments.get("do_sample"):
             arguments = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, **arguments}
         with self._sharing(images, prompt, inputs, offset), torch.inference_mode():
@@ -167,17 +189,19 @@ class Looker(Asker):
         rows = [step[0] for step in out.logits]
         return self._reply(new, torch.stack(rows).float())
 
-    def _inputs(self, images: Sequence[Image], prompt: str) -> dict[str, Any]:
+    def _inputs(
+        self, images: Sequence[Image], prompt: str | Sequence[str], turns: Sequence[tuple[str, str]] = ()
+    ) -> dict[str, Any]:
         weight = next(self.family.model.parameters())
-        return build_inputs(self.processor, images, prompt, weight.device, weight.dtype)
+        return build_inputs(self.processor, images, prompt, weight.device, weight.dtype, turns=turns)
 
     @contextmanager
     def _sharing(
-        self, images: Sequence[Image], prompt: str, inputs: Mapping[str, Any], offset: Tensor | None
+        self, images: Sequence[Image], prompt: str | Sequence[str], inputs: Mapping[str, Any], offset: Tensor | None
     ) -> Iterator[None]:
         pictures = []
         for place, image in enumerate(images):
-            alone = inputs if len(images) == 1 else self._inputs([image], prompt)
+            alone = inputs if len(images) == 1 else self._inputs([image], "".join(prompt))
             own = {name: value for name, value in alone.items() if name not in TEXT_INPUTS}
             pictures.append(Picture(self.digest(image), own, None if place else offset))
         self.engine.once.pictures = pictures

@@ -65,6 +65,26 @@ class Look(Ask, Protocol):
         """Where the visual tokens of the image lie in it."""
         ...
 
+    @property
+    def mean_color(self) -> tuple[int, int, int]:
+        """The mean colour that the image processor subtracts, 0 to 255, rounded down: what padding is made of."""
+        ...
+
+    def token(self, word: str) -> int:
+        """
+        The id of a word, written as it stands in an answer.
+
+        Raises
+        ------
+        PromptError
+            It is not one token.
+        """
+        ...
+
+    def at(self, image: Image) -> Look:
+        """The same model in front of another RGB image, a tile of this one say, with the same prompt and memory."""
+        ...
+
     def watch(self, prompt: str, *, max_new_tokens: int) -> Seen:
         """Answer greedily and read attention in the layers of `RefinementMethod.layers`."""
         ...
@@ -106,16 +126,17 @@ class Look(Ask, Protocol):
         """
         ...
 
-    def score(self, prompt: str, images: Sequence[Image] | None = None) -> Tensor:
+    def score(self, prompt: str | Sequence[str], images: Sequence[Image] | None = None) -> Tensor:
         """Raw logits ``[vocabulary]`` float32 of the first token of an answer; images None: the one in front of it."""
         ...
 
     def tell(
         self,
-        prompt: str,
+        prompt: str | Sequence[str],
         images: Sequence[Image] | None = None,
         *,
         offset: Tensor | None = None,
+        turns: Sequence[tuple[str, str]] = (),
         **generate_kwargs: Any,
     ) -> Reply:
         """
@@ -124,11 +145,13 @@ class Look(Ask, Protocol):
         Parameters
         ----------
         prompt
-            The question.
+            The question; or several texts, one behind each image.
         images
             What it is asked about, in order; None: the image in front of the model; empty: no image.
         offset
             ``[n, D]`` added to the embeddings of the visual tokens of the first image.
+        turns
+            What was said before: questions without image, and their replies.
         **generate_kwargs
             Passed to ``model.generate``.
         """
