@@ -6,19 +6,44 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 from jinja2 import TemplateError
 
 from lmmhooks.errors import MethodError
 
-__all__ = ["content_tokens", "listed_words", "load_tagger", "surroundings", "tagged_words", "token_texts"]
+__all__ = [
+    "content_tokens",
+    "has_pronoun",
+    "listed_words",
+    "load_tagger",
+    "question_phrases",
+    "surroundings",
+    "tagged_words",
+    "tagger_installed",
+    "token_texts",
+]
 
 Spans = list[tuple[int, int]]
 """Stretches of a text, as offsets of their first character and of the one after their last."""
 
 TAGGER = "en_core_web_sm"
 CONTENT_TAGS = frozenset({"NOUN", "PROPN", "VERB", "ADJ", "ADV", "NUM"})
+
+#: Words that stand for a thing without naming it.
+PRONOUNS = """
+i me my mine myself you your yours yourself yourselves he him his himself she her hers herself it its itself
+we us our ours ourselves they them their theirs themselves this that these those one another
+somebody someone something anybody anyone anything nobody nothing everybody everyone everything
+who whom whose which what
+"""
+
+#: What questions ask for and where, which is no thing that could be looked for.
+ASKED_FOR = """
+image picture photo photograph color colour shape size number kind type material text word words time side position
+left right top bottom above below front behind describe answer question single phrase using see
+"""
 
 #: English determiners, pronouns, prepositions, conjunctions, auxiliaries, particles and question words; parts of
 #: contractions stand alone.
@@ -44,6 +69,39 @@ def listed_words(text: str) -> Spans:
     # Bytes of a character that tokens share are decoded as U+FFFD: some letter of some script, so part of a word.
     words = re.finditer(r"(?:[^\W_]|\ufffd)+", text)
     return [word.span() for word in words if word.group().lower() not in function_words]
+
+
+def question_phrases(question: str) -> list[str]:
+    """
+    The things a question may be about: content words that stand together, without what questions ask for.
+
+    Only its first sentence counts; what follows usually says how to answer. A substitute where no model names them.
+    """
+    end = question.find("?")
+    text = question if end < 0 else question[:end]
+    phrases, last, asked_for = [""], 0, ASKED_FOR.split()
+    for start, stop in listed_words(text):
+        if text[start:stop].lower() in asked_for:
+            continue
+        if phrases[-1] and text[last:start].strip() == "":
+            phrases[-1] += " " + text[start:stop]
+        else:
+            phrases.append(text[start:stop])
+        last = stop
+    return [phrase for phrase in phrases if phrase]
+
+
+def has_pronoun(text: str, *, tagged: bool) -> bool:
+    """Whether a text has a pronoun: as spaCy's small English model sees it, or by list."""
+    if tagged:
+        return any(word.pos_ == "PRON" for word in load_tagger()(text))
+    pronouns = PRONOUNS.split()
+    return any(word in pronouns for word in re.findall(r"[^\W_]+", text.lower()))
+
+
+def tagger_installed() -> bool:
+    """Whether `load_tagger` can be expected to succeed; loads nothing."""
+    return all(find_spec(name) is not None for name in ("spacy", TAGGER))
 
 
 def tagged_words(text: str) -> Spans:
