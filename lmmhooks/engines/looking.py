@@ -152,7 +152,7 @@ class Looker(Asker):
         # [T, L, H, n]: what the last token pays is read only if another is predicted from it.
         steps = torch.stack([torch.stack(layer[: len(reply.tokens)]) for layer in rows.values()], dim=1)
         self._see()
-        return Seen(reply, steps)
+        return Seen(reply, steps, self.engine.runtime.last_state.layout.length)
 
     def score(self, prompt: str | Sequence[str], images: Sequence[Image] | None = None) -> Tensor:
         reply = self._generate(prompt, [self.image] if images is None else images, {"max_new_tokens": 1})

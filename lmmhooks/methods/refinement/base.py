@@ -44,10 +44,13 @@ class Seen:
         float32 ``[T, L, H, n]`` on the CPU: attention that the query which predicts token t pays to the n visual tokens
         of the image, in the layers the method reads (ascending) and every head; after the softmax over all keys, not
         renormalised. Query 0 is the last position of the prompt.
+    prompt_length
+        Positions of the prompt; the query of step t sees that many keys and t more.
     """
 
     reply: Reply
     rows: Tensor
+    prompt_length: int = 0
 
 
 class Look(Ask, Protocol):
