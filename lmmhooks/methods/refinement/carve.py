@@ -25,6 +25,8 @@ from torch import Tensor
 
 from lmmhooks.methods.base import setting
 from lmmhooks.methods.refinement.base import NEUTRAL, SHORT_ANSWER, Look, LookAgain, layers_that_exist, neutral_prompt
+from lmmhooks.methods.refinement.operators import black
+from lmmhooks.methods.refinement.regions import best_regions, box_of, number_kept, top_share
 from lmmhooks.methods.refinement.saliency import Saliency
 
 if TYPE_CHECKING:
@@ -55,20 +57,6 @@ def contrast(question: Tensor, neutral: Tensor, regulariser: float) -> Tensor:
     return (ratios.sum(dim=1) * weights[:, None]).sum(dim=0)
 
 
-def top_share(plane: Tensor, share: float) -> np.ndarray:
-    """Bool ``[H, W]``: pixels of a map ``[H, W]`` at or above its ``100 (1 - share)`` percentile (linear)."""
-    values = plane.numpy()
-    return values >= np.percentile(values, 100 * (1 - share))
-
-
-def best_regions(mask: np.ndarray, plane: Tensor, count: int, *, by_area: bool = False) -> np.ndarray:
-    """Bool ``[H, W]``: the 4-connected regions of a mask with the largest sums (or areas); all if there are fewer."""
-    labels, found = ndimage.label(mask)
-    score = np.bincount(labels.ravel(), None if by_area else plane.numpy().ravel(), found + 1)[1:]
-    kept = np.argsort(-score, kind="stable")[:count] + 1
-    return np.isin(labels, kept)
-
-
 def enlarged(image: Image, mask: np.ndarray) -> Image:
     """
     The box of a mask cut from an image that is black elsewhere, enlarged until it covers the image's size.
@@ -80,12 +68,9 @@ def enlarged(image: Image, mask: np.ndarray) -> Image:
     mask
         Bool ``[H, W]`` of the same size; where it is empty, the image comes back.
     """
-    rows, columns = mask.any(axis=1).nonzero()[0], mask.any(axis=0).nonzero()[0]
-    if not len(rows):
+    if (box := box_of(mask)) is None:
         return image
-    left, top, right, bottom = int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
-    masked = images.fromarray(np.asarray(image) * mask[..., None].astype(np.uint8))
-    cut = masked.crop((left, top, right, bottom))
+    cut = black(image, mask).crop(box)
     scale = max(image.width / cut.width, image.height / cut.height)
     return cut.resize((int(cut.width * scale), int(cut.height * scale)), images.Resampling.LANCZOS)
 
@@ -167,6 +152,7 @@ class Carve(LookAgain):
             area = np.bincount(labels.ravel())
             mask &= area[labels] >= int(mask.sum() * self.outlier_percent / 100)
             return enlarged(image, mask)
-        found = ndimage.label(mask)[1]
-        count = self.num_regions if self.region_rule == "at_most" else max(self.num_regions, int(found * self.share))
+        count = self.num_regions
+        if self.region_rule == "at_least":
+            count = number_kept(mask, self.num_regions, self.share)
         return enlarged(image, best_regions(mask, plane, count, by_area=self.regions == "area"))
