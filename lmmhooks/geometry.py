@@ -28,7 +28,7 @@ Box = tuple[float, float, float, float]
 Size = tuple[int, int]
 Mode = Literal["bilinear", "nearest", "exact"]
 
-#: Share of a pixel below which an overlap is a rounding error.
+#: Share of the width or height of a pixel below which an overlap is a rounding error.
 _TOUCH = 1e-9
 
 
@@ -228,7 +228,7 @@ def _painted(grid: CellGrid, values: Tensor, area: Box, shape: tuple[int, int], 
     total, weight = resampled(mode)
     # Interpolation must not reach into cells without a value, only be undisturbed by them.
     shown = weight if mode != "bilinear" else resampled("nearest")[1]
-    return (total / weight).masked_fill(shown < _TOUCH, torch.nan)
+    return (total / weight).masked_fill(shown == 0, torch.nan)
 
 
 def _weights(area: tuple[float, float], parts: int, span: tuple[float, float], cells: int, mode: Mode) -> Tensor:
@@ -240,7 +240,8 @@ def _weights(area: tuple[float, float], parts: int, span: tuple[float, float], c
     cell = torch.arange(cells, dtype=torch.float64)[None]
     if mode == "exact":
         stop = start + step * scale
-        return (torch.minimum(stop, cell + 1) - torch.maximum(start, cell)).clamp(min=0) / (step * scale)
+        share = (torch.minimum(stop, cell + 1) - torch.maximum(start, cell)) / (step * scale)
+        return share.where(share > _TOUCH, 0.0)
     middle = start + step * scale / 2
     if mode == "nearest":
         return (middle.floor() == cell).double()

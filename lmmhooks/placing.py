@@ -18,7 +18,17 @@ from .errors import PromptError
 from .geometry import Box, CellGrid, Size
 from .vision import ImageTokens
 
-__all__ = ["Placing", "cells_of", "image_processor_of", "shown", "shown_of_square", "view_of", "whole"]
+__all__ = [
+    "Placing",
+    "cells_of",
+    "image_processor_of",
+    "in_mosaic",
+    "shown",
+    "shown_of_square",
+    "shown_stretched",
+    "view_of",
+    "whole",
+]
 
 
 class Placing:
@@ -68,6 +78,32 @@ def cells_of(tokens: ImageTokens, crop: int) -> Tensor:
     (there,) = (tokens.crop == crop).nonzero(as_tuple=True)
     index[tokens.row[there], tokens.col[there]] = there
     return index
+
+
+def in_mosaic(tokens: ImageTokens, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+    """
+    Tokens of the tiles of one image, as cells of all tiles put together.
+
+    Parameters
+    ----------
+    tokens
+        With a tiling.
+    columns
+        Tiles side by side.
+
+    Returns
+    -------
+    number, row, column : Tensor
+        Long ``[n]`` each: which of the image's tokens, and where it stands in the mosaic.
+    """
+    assert tokens.tiling is not None
+    (number,) = ((tokens.crop >= 0) & (tokens.crop != tokens.tiling.overview)).nonzero(as_tuple=True)
+    crop = tokens.crop[number]
+    tile = crop - (crop > tokens.tiling.overview).long()
+    rows_per_tile, columns_per_tile = tokens.grids[tokens.tiling.tiles[0]]
+    row = tile // columns * rows_per_tile + tokens.row[number]
+    column = tile % columns * columns_per_tile + tokens.col[number]
+    return number, row, column
 
 
 def image_processor_of(processor: Any, modality: str) -> Any:
@@ -121,6 +157,16 @@ def shown_of_square(prepare: Any, size: Size, patch: int) -> Box:
     before_x, before_y = ((side - given) // 2 for given in size)
     left, top, right, bottom = shown(prepare, (side, side), patch)
     return left - before_x, top - before_y, right - before_x, bottom - before_y
+
+
+def shown_stretched(prepare: Any, size: Size, patch: int) -> Box:
+    """Like `shown`, of an image that is resized without its aspect first, to the size the processor is set to."""
+    wanted = dict(prepare.size)
+    edge = wanted.get("shortest_edge")
+    first = wanted.get("width") or edge, wanted.get("height") or edge
+    left, top, right, bottom = shown(prepare, first, patch)
+    across, down = (given / now for given, now in zip(size, first, strict=True))
+    return left * across, top * down, right * across, bottom * down
 
 
 def view_of(size: Size) -> np.ndarray:

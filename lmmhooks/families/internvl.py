@@ -13,9 +13,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 
 from ..errors import PromptError
 from ..family import Family
+from ..geometry import CellGrid, Size
+from ..placing import cells_of, in_mosaic, whole
 from ..vision import ImageTokens, Tiling, VisionInputs
 
 __all__ = ["InternVLFamily"]
@@ -59,6 +62,23 @@ class InternVLFamily(Family):
         tokens = ImageTokens.raster([(side, side)] * tiles)
         # By convention of the processor: the thumbnail comes last, and only where there are several tiles.
         return replace(tokens, tiling=Tiling(tiles - 1, tiles - 1)) if tiles > 1 else tokens
+
+    def placing(self, tokens: ImageTokens, modality: str, size: Size, processor: Any) -> tuple[CellGrid, ...]:
+        width, height = size
+        everything = (0.0, 0.0, float(width), float(height))
+        if tokens.tiling is None:
+            return whole(tokens, modality, everything)
+        # The image is stretched over the canvas whose aspect is nearest to its own. Among canvases of as many tiles as
+        # there are, that is the same one, whatever numbers of tiles the processor was allowed.
+        num = tokens.tiling.num_tiles
+        columns, rows = get_optimal_tiled_canvas((height, width), tuple(self.vision.config.image_size), num, num)
+        index = torch.full((rows * self._token_side, columns * self._token_side), -1)
+        number, row, column = in_mosaic(tokens, columns)
+        index[row, column] = number
+        return (
+            CellGrid(index, everything, "tiles"),
+            CellGrid(cells_of(tokens, tokens.tiling.overview), everything, "thumbnail"),
+        )
 
     def tower_to_tokens(self, per_patch: Sequence[Tensor], vision: VisionInputs) -> list[Tensor]:
         features = torch.cat(list(per_patch))

@@ -8,14 +8,23 @@ run on coordinates instead of features.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, image_size_to_num_patches
+from transformers.image_processing_utils import get_patch_output_size
+from transformers.image_utils import ChannelDimension
+from transformers.models.llava_next.modeling_llava_next import (
+    get_anyres_image_grid_shape,
+    image_size_to_num_patches,
+    unpad_image,
+)
 
 from ..errors import PromptError
 from ..family import Family
+from ..geometry import CellGrid, Size
+from ..placing import cells_of, image_processor_of, in_mosaic, shown, shown_stretched, view_of, whole
 from ..vision import ImageTokens, Tiling, VisionInputs
 
 __all__ = ["LlavaNextFamily"]
@@ -76,6 +85,65 @@ class LlavaNextFamily(Family):
             ((side, side),) * crops,
             tiling,
         )
+
+    def placing(self, tokens: ImageTokens, modality: str, size: Size, processor: Any) -> tuple[CellGrid, ...]:
+        prepare = image_processor_of(processor, modality)
+        everything = shown_stretched(prepare, size, self._patch)
+        if tokens.tiling is None:
+            return whole(tokens, modality, everything)
+        base = CellGrid(cells_of(tokens, 0), everything, "base")
+        tiles = self._tiles(tokens, size, prepare)
+        return (base, tiles) if tiles.index.numel() else (base,)
+
+    def _tiles(self, tokens: ImageTokens, size: Size, prepare: Any) -> CellGrid:
+        """
+        The tiles of an image as one grid: as large as what packing left of them, over the part of the image it shows.
+
+        Packing treats patches of all tiles as evenly spaced, and so does this. Where a tile is no whole number of
+        patches (384 pixels and patches of 14), they truly lie up to the remainder nearer to the tile's upper left.
+        """
+        width, height = size
+        tile, side = self.vision.config.image_size, self._side
+        tile_rows, tile_columns = grid = get_anyres_image_grid_shape(
+            (height, width), self.model.config.image_grid_pinpoints, tile
+        )
+        if tokens.tiling is None or tuple(grid) != tokens.tiling.grid:
+            raise PromptError(
+                f"an image of {width} x {height} pixels has {tile_rows} x {tile_columns} tiles, but the prompt was "
+                f"built from another one; pass the size of the image that was given to the processor"
+            )
+        if shown(prepare, (tile, tile), 1) != (0, 0, tile, tile):
+            raise PromptError(
+                f"{type(prepare).__name__} resizes or crops tiles of {tile} pixels again, so they do not join; set its "
+                f"size and crop_size to {tile}"
+            )
+        # What the model's own packing makes of an image of this size: how many rows, each with a newline at its end ...
+        call = VisionInputs("image", {"image_sizes": [[height, width]]}, SimpleNamespace(pooler_output=[]))
+        patches = torch.zeros(1 + tile_rows * tile_columns, side**2, 1)
+        packed = self._pack([patches], call, [0], torch.full((1,), -1.0))[0][side**2 :]
+        rows = int((packed < 0).sum())
+        columns = len(packed) // max(rows, 1) - 1 if rows else 0
+        # ... and how many patches that stands for, the same number being cut off at opposite sides.
+        mosaic = torch.empty(1, tile_rows * side, tile_columns * side)
+        left = unpad_image(mosaic, (height, width)).shape[1:]
+        cut = [(full - kept) // 2 for full, kept in zip(mosaic.shape[1:], left, strict=True)]
+        index = torch.full((rows, columns), -1)
+        number, *place = in_mosaic(tokens, tile_columns)
+        # The cell whose middle is nearest: tokens of an interpolated mosaic know only the patch next to their middle.
+        row, column = (
+            (2 * (patch - before) + 1) * cells // (2 * kept)
+            for patch, before, cells, kept in zip(place, cut, index.shape, left, strict=True)
+        )
+        index[row, column] = number
+
+        target = tile_rows * tile, tile_columns * tile
+        resized = get_patch_output_size(view_of(size), target, ChannelDimension.FIRST)
+        sides = []
+        for given, now, full, before, kept in zip((height, width), resized, target, cut, left, strict=True):
+            scale, pad, pitch = given / now, (full - now) // 2, tile / side
+            sides.append(((before * pitch - pad) * scale, ((before + kept) * pitch - pad) * scale))
+        (top, bottom), (first, last) = sides
+        return CellGrid(index, (first, top, last, bottom), "tiles")
 
     def tower_to_tokens(self, per_patch: Sequence[Tensor], vision: VisionInputs) -> list[Tensor]:
         # Readings travel through the packing like features: where it interpolates features, it interpolates them too.

@@ -7,12 +7,14 @@ Images are tiled only where they are alone in their prompt (``batch_num_images``
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ..errors import PromptError
+from ..geometry import CellGrid, Size
+from ..placing import image_processor_of, shown, shown_of_square, whole
 from ..vision import ImageTokens, VisionInputs
 from .llava_next import LlavaNextFamily
 
@@ -65,6 +67,13 @@ class LlavaOnevisionFamily(LlavaNextFamily):
         newline = torch.tensor([-1])
         crop, row, col = (torch.cat([part, newline]) for part in (frames.crop, frames.row, frames.col))
         return ImageTokens(crop, row, col, frames.grids)
+
+    def placing(self, tokens: ImageTokens, modality: str, size: Size, processor: Any) -> tuple[CellGrid, ...]:
+        if tokens.tiling is not None:
+            return super().placing(tokens, modality, size, processor)
+        # One of several images is padded to a square; frames are stretched.
+        part = shown_of_square if modality == "image" else shown
+        return whole(tokens, modality, part(image_processor_of(processor, modality), size, self._patch))
 
     def tower_to_tokens(self, per_patch: Sequence[Tensor], vision: VisionInputs) -> list[Tensor]:
         if vision.modality == "image":
