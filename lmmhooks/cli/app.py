@@ -33,6 +33,7 @@ COMMANDS: Mapping[str, LazyCommand] = {
     "run": LazyCommand("lmmhooks.cli.run", "Run a recipe: baseline and patched variants on the same documents."),
     "compare": LazyCommand("lmmhooks.cli.compare", "Compare methods on one image and prompt."),
     "inspect": LazyCommand("lmmhooks.cli.inspect", "Show sinks, maps and visual attention share of a model."),
+    "playground": LazyCommand("lmmhooks.cli.playground", "Ask a model in the browser, as it is and under methods."),
     "bench": LazyCommand(
         "lmmhooks.cli.bench", "Measure prefill, decoding and memory against the baseline and the limit."
     ),

@@ -10,6 +10,7 @@ CONTRACT = (
     "run",
     "compare",
     "inspect",
+    "playground",
     "bench",
     "calibrate",
     "score",

@@ -1,0 +1,76 @@
+"""Pages that are files: they open from the disk, alone, on a phone and on a desktop, by day and by night."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import lmmhooks
+from lmmhooks.prompting import build_inputs
+from tests.browser.conftest import WIDTHS
+
+LEAST_CONTRAST = 4.5
+"""Of WCAG 2 (AA) for text of ordinary size."""
+
+
+@pytest.fixture(scope="module")
+def model():
+    return lmmhooks.load("tiny-llava", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def scene():
+    from lmmhooks.playground.examples import examples
+
+    return examples()[0]
+
+
+@pytest.fixture(scope="module")
+def comparison_page(model, scene, tmp_path_factory) -> Path:
+    methods = ["fastv(keep=0.25)", ["uniform-grid(keep=4)", "vcd"]]
+    compared = lmmhooks.compare(*model, scene.image, scene.question, methods, max_new_tokens=8)
+    return compared.to_html(tmp_path_factory.mktemp("comparison") / "page.html")
+
+
+@pytest.fixture(scope="module")
+def sinks_page(model, scene, tmp_path_factory) -> Path:
+    loaded, processor = model
+    inputs = build_inputs(processor, [scene.image], scene.question, loaded.device, loaded.dtype)
+    report = lmmhooks.inspect.sinks(loaded, inputs, processor)
+    return report.to_html(tmp_path_factory.mktemp("sinks") / "page.html")
+
+
+@pytest.fixture(scope="module")
+def run_page(tmp_path_factory) -> Path:
+    from tests.cli.invoke import invoke
+
+    folder = tmp_path_factory.mktemp("run") / "run"
+    done = invoke("run", "quickstart", "--limit", "4", "--out", str(folder))
+    assert done.status == 0, done.err
+    return folder / "report.html"
+
+
+PAGES = ("comparison_page", "sinks_page", "run_page")
+
+
+@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("width", list(WIDTHS))
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_page_opens_alone(name, width, scheme, visit, request) -> None:
+    seen = visit(request.getfixturevalue(name).as_uri(), width=width, scheme=scheme)
+    assert seen.page.locator("h1").first.inner_text()
+    assert seen.sideways() <= 0
+    broken = "Array.from(document.images).filter(image => !image.complete || !image.naturalWidth).length"
+    assert seen.page.evaluate(broken) == 0
+    contrast, text = seen.least_contrast()
+    assert contrast >= LEAST_CONTRAST, text
+    seen.assert_quiet()
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_dark_is_another_page_than_light(name, visit, request) -> None:
+    url = request.getfixturevalue(name).as_uri()
+    (ink, paper), (night_ink, night_paper) = (visit(url, scheme=scheme).colours() for scheme in ("light", "dark"))
+    assert paper != night_paper
+    assert ink != night_ink
