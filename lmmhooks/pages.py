@@ -1,4 +1,4 @@
-"""Self-contained HTML pages from the templates of this package: escaped text, no script, nothing from the network."""
+"""Self-contained HTML pages from the templates of this package: escaped text, nothing from the network."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from PIL import Image
 
-__all__ = ["Chart", "chart", "data_uri", "render", "write_page"]
+__all__ = ["Areas", "Chart", "areas", "chart", "data_uri", "picture_uri", "render", "write_page"]
 
 
 def render(template: str, **values: Any) -> str:
@@ -53,10 +53,33 @@ def data_uri(image: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
+def picture_uri(image: Image.Image, side: int = 1024, most: int = 250_000) -> str:
+    """
+    The image for looking at, as a URI: scaled down to ``side`` pixels; PNG up to ``most`` bytes, JPEG beyond.
+
+    Parameters
+    ----------
+    image
+        RGB.
+    side
+        Most pixels along either side.
+    most
+        Most bytes of a PNG file; a photograph as PNG would be several times as large as anything else on a page.
+    """
+    shown = image.copy()
+    shown.thumbnail((side, side))
+    buffer, kind = io.BytesIO(), "png"
+    shown.save(buffer, format="PNG")
+    if buffer.tell() > most:
+        buffer, kind = io.BytesIO(), "jpeg"
+        shown.save(buffer, format="JPEG", quality=88)
+    return f"data:image/{kind};base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
 @dataclass(frozen=True)
 class Chart:
     """
-    Curves over decoder layers, in the coordinates of an SVG of 100 by 50 units, the origin at the upper left.
+    Curves over layers or tokens, in the coordinates of an SVG of 100 by 50 units, the origin at the upper left.
 
     Attributes
     ----------
@@ -67,27 +90,48 @@ class Chart:
     ticks
         Values on the vertical axis, as (y, text).
     layers
-        First and last layer.
+        First and last place on the horizontal axis.
+    axis
+        What the places are: ``"layer"`` or ``"token"``.
+    zero
+        Height of the value 0 if it lies between the ends of the axis, else None.
+    steps
+        Curves keep a value until the next place.
     """
 
     title: str
     curves: Mapping[str, Sequence[Sequence[tuple[float, float, int, float]]]]
     ticks: Sequence[tuple[float, str]]
     layers: tuple[int, int]
+    axis: str = "layer"
+    zero: float | None = None
+    steps: bool = False
 
 
-def chart(title: str, series: Mapping[str, Sequence[float | None]], *, log: bool = False) -> Chart | None:
+def chart(
+    title: str,
+    series: Mapping[str, Sequence[float | None]],
+    *,
+    log: bool = False,
+    axis: str = "layer",
+    first: int = 0,
+    steps: bool = False,
+) -> Chart | None:
     """
-    Curves of values per layer, or None if there is nothing to show: no value, or nothing but zeros.
+    Curves of values per layer or token, or None if there is nothing to show: no value, or nothing but zeros.
 
     Parameters
     ----------
     title
         What is shown.
     series
-        By name, one value per layer; None where there is none.
+        By name, one value per place; None where there is none.
     log
-        Decades on the vertical axis instead of a range that starts at 0; values must be positive, others are left out.
+        Decades on the vertical axis instead of a range that includes 0; values must be positive, others are left out.
+    axis, first
+        What a place is called, and the number of the first.
+    steps
+        Draw steps instead of lines.
     """
     from math import ceil, floor, log10
 
@@ -98,12 +142,12 @@ def chart(title: str, series: Mapping[str, Sequence[float | None]], *, log: bool
     known = [v for values in kept.values() for v in values if v is not None]
     if not known or not (log or any(known)):
         return None
-    bottom, top = (floor(min(known)), ceil(max(known))) if log else (0.0, max(known))
+    bottom, top = (floor(min(known)), ceil(max(known))) if log else (min(0.0, *known), max(0.0, *known))
     span = (top - bottom) or 1.0
     count = max(len(values) for values in kept.values())
 
     def point(layer: int, v: float, value: float) -> tuple[float, float, int, float]:
-        return 100 * layer / max(count - 1, 1), 50 - 50 * (v - bottom) / span, layer, value
+        return 100 * layer / max(count - 1, 1), 50 - 50 * (v - bottom) / span, first + layer, value
 
     curves: dict[str, list[list[tuple[float, float, int, float]]]] = {}
     for name, values in kept.items():
@@ -114,5 +158,54 @@ def chart(title: str, series: Mapping[str, Sequence[float | None]], *, log: bool
             else:
                 runs[-1].append(point(layer, v, 10**v if log else v))
         curves[name] = [run for run in runs if run]
-    ticks = [(50.0, f"{10**bottom:g}" if log else "0"), (0.0, f"{10**top:g}" if log else f"{top:.3g}")]
-    return Chart(title, {name: runs for name, runs in curves.items() if runs}, ticks, (0, count - 1))
+    ticks = [(50.0, f"{10**bottom:g}" if log else f"{bottom:.3g}"), (0.0, f"{10**top:g}" if log else f"{top:.3g}")]
+    zero = 50 + 50 * bottom / span if not log and bottom < 0 < top else None
+    if zero is not None and 4 < zero < 46:
+        ticks.append((zero, "0"))
+    shown = {name: runs for name, runs in curves.items() if runs}
+    return Chart(title, shown, ticks, (first, first + count - 1), axis, zero, steps)
+
+
+@dataclass(frozen=True)
+class Areas:
+    """
+    Shares of a whole per layer, stacked, in the coordinates of `Chart`.
+
+    Attributes
+    ----------
+    title
+        Above the areas.
+    areas
+        By name, the corners of a polygon ``(x, y)`` and its mean share.
+    layers
+        First and last layer.
+    """
+
+    title: str
+    areas: Mapping[str, tuple[Sequence[tuple[float, float]], float]]
+    layers: tuple[int, int]
+
+
+def areas(title: str, series: Mapping[str, Sequence[float]]) -> Areas:
+    """
+    Stacked shares per layer, the first name at the bottom.
+
+    Parameters
+    ----------
+    title
+        What is shown.
+    series
+        By name, one share per layer; together they sum to 1 in every layer.
+    """
+    count = max(len(values) for values in series.values())
+    # A single layer is drawn as wide as many.
+    places = [100 * layer / max(count - 1, 1) for layer in range(count)] if count > 1 else [0.0, 100.0]
+    below = [0.0] * len(places)
+    stacked: dict[str, tuple[list[tuple[float, float]], float]] = {}
+    for name, values in series.items():
+        above = [low + value for low, value in zip(below, list(values) * (1 if count > 1 else 2), strict=True)]
+        edge = [(x, 50 - 50 * y) for x, y in zip(places, above, strict=True)]
+        back = [(x, 50 - 50 * y) for x, y in zip(reversed(places), reversed(below), strict=True)]
+        stacked[name] = (edge + back, sum(values) / count)
+        below = above
+    return Areas(title, stacked, (0, count - 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,7 +11,7 @@ import typer
 from lmmhooks.cli.output import JsonOption, console, note, print_json, print_table
 
 if TYPE_CHECKING:
-    from lmmhooks.comparison import Comparison
+    from lmmhooks.comparison import Comparison, Run
 
 app = typer.Typer(rich_markup_mode=None, add_completion=False)
 
@@ -29,7 +30,7 @@ def compare(
     dtype: Annotated[str, typer.Option(help="Type of the weights; auto: as they were saved.")] = "auto",
     device: Annotated[str | None, typer.Option(help="Where the model goes; unset: CUDA if there is one.")] = None,
     backend: Annotated[str | None, typer.Option(help="Attention backend; unset: the model's own choice.")] = None,
-    html: Annotated[Path | None, typer.Option(help="Write a page with answers, attention maps and cost.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page: answers, maps of every token, cost.")] = None,
     json: JsonOption = False,
 ) -> None:
     """Answer one prompt as the model is and under each variant: texts, probabilities, where it looks, cost."""
@@ -52,6 +53,13 @@ def compare(
         note(f"written to {comparison.to_html(html)}")
 
 
+def _difference(run: Run) -> str:
+    if run.difference is None:
+        return "-"
+    total = float(run.difference.dlogp.sum())
+    return f"{total:+.3f}" if isfinite(total) else "ruled out"
+
+
 def _print(comparison: Comparison) -> None:
     base = comparison.baseline.stats
     rows = []
@@ -63,7 +71,8 @@ def _print(comparison: Comparison) -> None:
                 run.name,
                 run.text or "(empty)",
                 "-" if sure is None else f"{sure:.3f}",
-                f"{sum(run.visual_share) / len(run.visual_share):.3f}",
+                f"{sum(run.visual_share) / len(run.visual_share):.3f}" if run.visual_share else "-",
+                _difference(run),
                 f"{stats.average_visual:.1f}",
                 f"{stats.prefill_flops / base.prefill_flops:.3f}",
                 f"{stats.kv_bytes / MIB:.2f} MiB",
@@ -71,6 +80,10 @@ def _print(comparison: Comparison) -> None:
                 f"{run.total_ms:.0f} ms",
             ]
         )
-    header = ["variant", "answer", "least sure token", "visual attention", "visual tokens per layer"]
+    header = ["variant", "answer", "least sure token", "visual attention", "log p", "visual tokens per layer"]
     print_table([*header, "FLOPs (theory)", "KV cache", "first token", "total"], rows)
-    console().print("\ntimes are of a single run each; `lmmhooks bench` measures", markup=False)
+    for run in comparison.runs:
+        if run.note:
+            console().print(f"\n{run.name} {run.note}", markup=False)
+    console().print("\nlog p: of the baseline's answer, difference to the baseline", markup=False)
+    console().print("times are of a single run each; `lmmhooks bench` measures", markup=False)

@@ -26,13 +26,17 @@ def inspect(
     probe_rows: Annotated[
         str, typer.Option(help="Read the attention of that many of the last text rows, or of 'all' rows.")
     ] = "32",
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="Longest answer; the model answers for --html and --json only.")
+    ] = 64,
     dtype: Annotated[str, typer.Option(help="Type of the weights; auto: as they were saved.")] = "auto",
     device: Annotated[str | None, typer.Option(help="Where the model goes; unset: CUDA if there is one.")] = None,
     backend: Annotated[str | None, typer.Option(help="Attention backend; unset: the model's own choice.")] = None,
-    html: Annotated[Path | None, typer.Option(help="Write a page with findings, images, curves and tables.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page: maps of every answer token, sinks, curves.")] = None,
     json: JsonOption = False,
 ) -> None:
-    """Find attention sinks on one prompt: which tokens, in which layers, and what attention they take."""
+    """Find attention sinks on one prompt, and see where the model looks at every token of its answer."""
+    from lmmhooks.comparison import compare
     from lmmhooks.inspect import sinks
     from lmmhooks.loading import load
     from lmmhooks.prompting import build_inputs, open_image
@@ -45,12 +49,15 @@ def inspect(
     weight = next(loaded.parameters())
     inputs = build_inputs(processor, images, prompt, weight.device, weight.dtype)
     report = sinks(loaded, inputs, processor, sink_dims=channels, probe_rows=rows)  # type: ignore[arg-type]
-    if json:
-        print_json({"sinks": report.to_dict()})
+    answer = None
+    if json or html is not None:
+        answer = compare(loaded, processor, images, prompt, [], max_new_tokens=max_new_tokens)
+    if json and answer is not None:
+        print_json({"sinks": report.to_dict(), "answer": answer.baseline.to_dict()})
     else:
         _print(report)
     if html is not None:
-        note(f"written to {report.to_html(html)}")
+        note(f"written to {report.to_html(html, answer)}")
 
 
 def _numbers(option: str, text: str) -> list[int]:

@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lmmhooks.comparison.page import view
 from lmmhooks.inspect.findings import layer_ranges
 from lmmhooks.inspect.report import SEGMENTS, LayerSinks, Picture, SampleSinks, SinkReport, SinkToken
 from lmmhooks.pages import Chart, chart, data_uri, write_page
 
 if TYPE_CHECKING:
     from os import PathLike
+
+    from lmmhooks.comparison import Comparison
 
 __all__ = ["layer_rows", "write"]
 
@@ -34,8 +37,19 @@ LAYER_COLUMNS = (
 )
 
 
-def write(report: SinkReport, path: str | PathLike[str]) -> Path:
-    """Write the page of a report."""
+def write(report: SinkReport, path: str | PathLike[str], answer: Comparison | None = None) -> Path:
+    """
+    Write the page of a report.
+
+    Parameters
+    ----------
+    report
+        Of the prompt.
+    path
+        Of the file.
+    answer
+        What the model answers and where it looks meanwhile, to be shown above the sinks.
+    """
     samples = [
         {
             "sample": sample,
@@ -47,7 +61,9 @@ def write(report: SinkReport, path: str | PathLike[str]) -> Path:
         }
         for sample in report.samples
     ]
-    return write_page("sinks.html.j2", path, report=report, samples=samples, columns=LAYER_COLUMNS)
+    shown = {} if answer is None else view(answer)
+    values = {"report": report, "samples": samples, "columns": LAYER_COLUMNS, "answer": answer is not None}
+    return write_page("sinks.html.j2", path, **shown, **values)
 
 
 def layer_rows(sample: SampleSinks) -> list[list[str]]:

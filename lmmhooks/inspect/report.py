@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
     from PIL import Image
 
+    from lmmhooks.comparison import Comparison
+
 __all__ = [
     "Activation",
     "Channels",
@@ -316,9 +318,17 @@ class SinkReport:
             raise LmmhooksError(f"cannot write {str(target)!r}: {error.strerror}; choose another place") from None
         return target
 
-    def to_html(self, path: str | PathLike[str]) -> Path:
+    def to_html(self, path: str | PathLike[str], answer: Comparison | None = None) -> Path:
         """
         Write one self-contained page: findings, sinks on the images, curves and a table per layer.
+
+        Parameters
+        ----------
+        path
+            Of the file.
+        answer
+            The same prompt answered (`lmmhooks.compare` without methods): the page shows first where the model looks at
+            every token of its answer.
 
         Raises
         ------
@@ -327,7 +337,7 @@ class SinkReport:
         """
         from lmmhooks.inspect.page import write
 
-        return write(self, path)
+        return write(self, path, answer)
 
 
 def _plain(value: Any) -> Any:
