@@ -25,7 +25,7 @@ from lmmhooks.prompting import answer, as_images, build_batch, open_image
 if TYPE_CHECKING:
     from lmmhooks.engines.runtime import Runtime
 
-__all__ = ["AnswerEngine", "Asker"]
+__all__ = ["AnswerEngine", "Asker", "started"]
 
 
 class AnswerEngine:
@@ -101,7 +101,7 @@ class Asker:
         images = as_images(image)
         inputs = build_batch(self.processor, [images] * len(prompts), prompts, weight.device, weight.dtype)
         if starts is not None:
-            inputs = _started(inputs, starts)
+            inputs = started(inputs, starts)
         processors = LogitsProcessorList(generate_kwargs.pop("logits_processor", None) or [])
         if draw is not None and draw.temperature:
             seeds = self._seeds(image, prompts, starts, draw.seed)
@@ -172,7 +172,7 @@ class _OwnNumbers(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter(1, tokens.gather(1, chosen), 0.0)
 
 
-def _started(inputs: dict[str, Any], starts: Sequence[int]) -> dict[str, Any]:
+def started(inputs: dict[str, Any], starts: Sequence[int]) -> dict[str, Any]:
     """Inputs whose rows go on with one token each."""
     ids = inputs["input_ids"]
     new = torch.tensor(list(starts), dtype=ids.dtype, device=ids.device)[:, None]

@@ -8,7 +8,7 @@ prompt, every pass reads everything.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from lmmhooks.engines.answering import AnswerEngine, Asker
+from lmmhooks.engines.answering import AnswerEngine, Asker, started
 from lmmhooks.engines.attach import Attachments
 from lmmhooks.engines.backend import AttentionCall, AttentionResult
 from lmmhooks.engines.editing import Edit
@@ -277,9 +277,36 @@ class Looker(Asker):
             self.family.text_model(**step)
         return torch.stack([found[layer] for layer in sorted(found)])
 
-    def _read(self, prompt: str) -> tuple[dict[str, Any], DynamicCache]:
+    def matrices(self, prompt: str, reply: Sequence[int], fold: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        kwargs, _ = self._read(prompt, reply)
+        length = kwargs["inputs_embeds"].shape[1]
+        later = torch.ones(length, length, dtype=torch.bool, device=kwargs["inputs_embeds"].device).triu(1)
+        found: dict[int, Tensor] = {}
+
+        def attend(layer: int, call: AttentionCall) -> AttentionResult:
+            groups = call.query.shape[1] // call.key.shape[1]
+            total = torch.zeros(length, length, device=call.query.device)
+            # One head at a time: all of them would be the largest tensor of the model.
+            for head in range(call.query.shape[1]):
+                query, key = call.query[:, [head]], call.key[:, [head // groups]]
+                scores = row_scores(query, key, call.scaling, call.kwargs.get("softcap"))
+                total += fold(scores.masked_fill(later, -torch.inf).softmax(dim=-1)[0, 0])
+            found[layer] = (total / call.query.shape[1]).cpu()
+            if layer == len(self.family.layers) - 1:
+                raise _Enough
+            return call.run_base()
+
+        step = {**kwargs, "past_key_values": None, "use_cache": False}
+        listeners = {layer: partial(attend, layer) for layer in range(self.family.num_layers)}
+        with torch.no_grad(), self.engine.runtime.silent(listeners), suppress(_Enough):
+            self.family.text_model(**step)
+        return torch.stack([found[layer] for layer in sorted(found)]), self._span().positions.cpu()
+
+    def _read(self, prompt: str, reply: Sequence[int] = ()) -> tuple[dict[str, Any], DynamicCache]:
         """What the language model was given to read a prompt about the image, and the cache it left."""
         inputs = self._inputs([self.image], prompt)
+        for token in reply:
+            inputs = started(inputs, [token])
         with self._sharing([self.image], prompt, inputs, None), torch.no_grad():
             cache = DynamicCache(config=self.family.text_config)
             self.engine.once.newest = None

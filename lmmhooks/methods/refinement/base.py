@@ -9,7 +9,7 @@ with what a `Look` offers. The engine runs the passes, reads attention and gradi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -126,6 +126,29 @@ class Look(Ask, Protocol):
         -------
         Tensor
             ``[L, H, R, n]`` attention of the text positions after the image, differentiable with respect to ``offset``.
+        """
+        ...
+
+    def matrices(self, prompt: str, reply: Sequence[int], fold: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """
+        Whole attention matrices of a prompt and a reply to it, all layers; other methods do not act in it.
+
+        Parameters
+        ----------
+        prompt
+            The question.
+        reply
+            Token ids behind it; they are the last positions.
+        fold
+            What is made of the attention ``[N, N]`` of each head, float32.
+
+        Returns
+        -------
+        folded : Tensor
+            float32 ``[L, N, N]`` on the CPU, mean over heads; memory grows with N squared. All layers must be among
+            `RefinementMethod.gradient_layers`.
+        positions : Tensor
+            Long ``[n]``: where the visual tokens of the image stand.
         """
         ...
 
