@@ -14,6 +14,7 @@ from jinja2 import TemplateError
 from lmmhooks.errors import MethodError
 
 __all__ = [
+    "content_pieces",
     "content_tokens",
     "has_pronoun",
     "listed_words",
@@ -141,7 +142,11 @@ def content_tokens(tokenizer: Any, ids: Sequence[int], find: Callable[[str], Ite
     find
         Text to the content words in it: `listed_words` or `tagged_words`.
     """
-    pieces = token_texts(tokenizer, ids)
+    return content_pieces(token_texts(tokenizer, ids), find)
+
+
+def content_pieces(pieces: Sequence[str], find: Callable[[str], Iterable[tuple[int, int]]]) -> list[bool]:
+    """Which pieces of a text belong to content words, whole or in part; ``find`` as in `content_tokens`."""
     spans = list(find("".join(pieces)))
     found, start = [], 0
     for piece in pieces:

@@ -212,8 +212,8 @@ class ControlMLLM(RefinementMethod):
             rows, columns = grid.index.shape
             if others or rows != columns:
                 raise PromptError(
-                    f"{self.id}: cells='sampled' needs one square grid of visual tokens, which this model does not make "
-                    "of the image; use cells='touched'"
+                    f"{self.id}: cells='sampled' needs one square grid of visual tokens, which this model does not "
+                    "make of the image; use cells='touched'"
                 )
             there = grid.index >= 0
             out[grid.index[there]] = weigh(sampled(picture, rows))[there]
