@@ -234,6 +234,18 @@ def test_the_token_that_turns_bright_lies_over_the_painted_place(label: str, siz
     assert looked_at >= 3
 
 
+@pytest.mark.parametrize("label", ["llava_onevision", "llava_onevision, two images"])
+def test_pixels_that_fill_no_patch_are_seen_by_no_cell(label: str) -> None:
+    """27 patches of 14 pixels reach 378 of a crop's 384: of 768 columns, the last 12."""
+    case, size = CASES[label], (768, 768)
+    geometry, dark = place(case, size)
+    edge = (760, 0, 768, 768)
+    bright = (brightness(case, case.process(picture(size, edge))) - dark)[:729]
+    assert float(bright.max()) < 0.01
+    assert float(geometry.cells_in(edge)[:729].sum()) == 0
+    assert geometry.grids[0].box == pytest.approx((0, 0, 756, 756))
+
+
 @pytest.mark.parametrize("size", [*SIZES, (1, 1), (900, 4000), (7, 500)], ids=str)
 @pytest.mark.parametrize("label", CASES)
 def test_cells_tile_their_boxes_once_and_no_newline_has_one(label: str, size: tuple[int, int]) -> None:
