@@ -1,7 +1,8 @@
 """
 Looking into a model: where its attention goes, and why.
 
-`sinks` finds attention sinks; nothing here changes what the model computes.
+`sinks` finds attention sinks, `attention_map` shows where the model looks for every token of an answer; nothing here
+changes what the model computes.
 """
 
 from __future__ import annotations
@@ -12,11 +13,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lmmhooks.inspect.detectors import Criteria
     from lmmhooks.inspect.diagnosis import sinks
+    from lmmhooks.inspect.maps.extract import attention_map
+    from lmmhooks.inspect.maps.result import AttentionMap
     from lmmhooks.inspect.report import SinkReport
 
-__all__ = ["Criteria", "SinkReport", "sinks"]
+__all__ = ["AttentionMap", "Criteria", "SinkReport", "attention_map", "sinks"]
 
 _HOMES = {
+    "AttentionMap": "lmmhooks.inspect.maps.result",
+    "attention_map": "lmmhooks.inspect.maps.extract",
     "Criteria": "lmmhooks.inspect.detectors",
     "SinkReport": "lmmhooks.inspect.report",
     "sinks": "lmmhooks.inspect.diagnosis",
