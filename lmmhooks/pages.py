@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,6 +97,8 @@ class Chart:
         Height of the value 0 if it lies between the ends of the axis, else None.
     steps
         Curves keep a value until the next place.
+    tones
+        Number of every curve's colour.
     """
 
     title: str
@@ -106,6 +108,7 @@ class Chart:
     axis: str = "layer"
     zero: float | None = None
     steps: bool = False
+    tones: Mapping[str, int] = field(default_factory=dict)
 
 
 def chart(
@@ -116,6 +119,7 @@ def chart(
     axis: str = "layer",
     first: int = 0,
     steps: bool = False,
+    names: Sequence[str] = (),
 ) -> Chart | None:
     """
     Curves of values per layer or token, or None if there is nothing to show: no value, or nothing but zeros.
@@ -132,6 +136,8 @@ def chart(
         What a place is called, and the number of the first.
     steps
         Draw steps instead of lines.
+    names
+        All that several charts show between them, so that each keeps its colour; empty: what this one shows.
     """
     from math import ceil, floor, log10
 
@@ -163,7 +169,8 @@ def chart(
     if zero is not None and 4 < zero < 46:
         ticks.append((zero, "0"))
     shown = {name: runs for name, runs in curves.items() if runs}
-    return Chart(title, shown, ticks, (first, first + count - 1), axis, zero, steps)
+    tones = {name: tone for tone, name in enumerate(names or kept)}
+    return Chart(title, shown, ticks, (first, first + count - 1), axis, zero, steps, tones)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
@@ -13,7 +14,7 @@ from lmmhooks.comparison.result import Comparison, Run
 from lmmhooks.comparison.trace import SPANS, Trace
 from lmmhooks.pages import Areas, Chart, areas, chart
 
-__all__ = ["Table", "charts", "cost_table", "headline", "stacks", "token_tables"]
+__all__ = ["Table", "charts", "cost_table", "headline", "remarks", "stacks", "token_tables"]
 
 KIB, MIB = 1 << 10, 1 << 20
 VISUAL = SPANS.index("visual")
@@ -54,18 +55,10 @@ def headline(comparison: Comparison) -> Table:
 
 def cost_table(comparison: Comparison) -> Table:
     """What every variant cost; a dash where it is not known."""
-    columns = (
-        "variant",
-        "visual tokens per layer",
-        "passes",
-        "first token",
-        "per token",
-        "whole answer",
-        "tokens",
-        "prompt FLOPs (theory)",
-        "KV cache",
-        "peak memory",
-    )
+    columns = ["variant", "visual tokens per layer", "passes", "first token", "per token", "whole answer", "tokens"]
+    columns += ["prompt FLOPs (theory)", "KV cache"]
+    told = any(run.peak_bytes is not None for run in comparison.runs)
+    columns += ["peak memory"] * told
     base = comparison.baseline.stats.prefill_flops or math.nan
     rows = [
         [
@@ -80,7 +73,7 @@ def cost_table(comparison: Comparison) -> Table:
             f"{run.stats.kv_bytes / KIB:.1f} KiB"
             if run.stats.kv_bytes < MIB
             else f"{run.stats.kv_bytes / MIB:.1f} MiB",
-            "-" if run.peak_bytes is None else f"{run.peak_bytes / MIB:.0f} MiB",
+            *(["-" if run.peak_bytes is None else f"{run.peak_bytes / MIB:.0f} MiB"] * told),
         ]
         for run in comparison.runs
     ]
@@ -107,48 +100,38 @@ def charts(comparison: Comparison) -> list[Chart]:
     def of(value: Callable[[Trace], Tensor]) -> dict[str, list[float | None]]:
         return {run.name: _known(value(trace)) for run, trace in traced}
 
+    names = [run.name for run in comparison.runs]
+    by_layer = partial(chart, names=names)
+    by_token = partial(chart, names=names, axis="token", first=1)
     found: list[Chart | None] = []
     if traced and traced[0][1].spans:
         layerwise = of(lambda trace: trace.shares[..., VISUAL].nanmean(dim=0))
         found += [
-            chart("Attention on the image", layerwise),
-            _differences("Attention on the image, difference to the baseline", layerwise, others),
-            _by_token("Attention on the image, by token", of(lambda t: t.shares[..., VISUAL].nanmean(dim=1))),
-            chart("Entropy of the attention on the image", of(lambda trace: trace.entropy.nanmean(dim=0))),
-            _by_token("Entropy, by token", of(lambda trace: trace.entropy.nanmean(dim=1))),
-            chart("Visual tokens kept, share of the prompt's", _kept(comparison.runs), steps=True),
+            by_layer("Attention on the image", layerwise),
+            by_layer("Attention on the image, difference to the baseline", _differences(layerwise, others)),
+            by_token("Attention on the image, by token", of(lambda t: t.shares[..., VISUAL].nanmean(dim=1))),
+            by_layer("Entropy of the attention on the image", of(lambda trace: trace.entropy.nanmean(dim=0))),
+            by_token("Entropy, by token", of(lambda trace: trace.entropy.nanmean(dim=1))),
+            by_layer("Visual tokens kept, share of the prompt's", _kept(comparison.runs), steps=True),
         ]
     found += [
-        _by_token("Log-probability of the baseline's tokens, difference", _apart(others, "dlogp")),
-        _by_token("KL(baseline, variant)", _apart(others, "kl")),
-        _by_token("KL(variant, baseline)", _apart(others, "kl_reverse")),
+        by_token("Log-probability of the baseline's tokens, difference", _apart(others, "dlogp")),
+        by_token("KL(baseline, variant)", _apart(others, "kl")),
+        by_token("KL(variant, baseline)", _apart(others, "kl_reverse")),
     ]
     return [each for each in found if each is not None]
-
-
-def _by_token(title: str, series: dict[str, list[float | None]]) -> Chart | None:
-    return chart(title, series, axis="token", first=1)
 
 
 def _apart(runs: Sequence[Run], name: str) -> dict[str, list[float | None]]:
     return {run.name: _known(getattr(run.difference, name)) for run in runs}
 
 
-def _differences(title: str, curves: dict[str, list[float | None]], others: Sequence[Run]) -> Chart | None:
+def _differences(curves: dict[str, list[float | None]], others: Sequence[Run]) -> dict[str, list[float | None]]:
     base = next(iter(curves.values()))
-    return (
-        chart(
-            title,
-            {
-                run.name: [
-                    None if a is None or b is None else a - b for a, b in zip(curves[run.name], base, strict=True)
-                ]
-                for run in others
-            },
-        )
-        if others
-        else None
-    )
+    return {
+        run.name: [None if a is None or b is None else a - b for a, b in zip(curves[run.name], base, strict=True)]
+        for run in others
+    }
 
 
 def _kept(runs: Sequence[Run]) -> dict[str, list[float | None]]:
@@ -186,6 +169,28 @@ def token_tables(comparison: Comparison) -> list[tuple[str, Table]]:
         ]
         tables.append((run.name, Table(columns, rows)))
     return tables
+
+
+def remarks(comparison: Comparison) -> list[str]:
+    """What curves cannot show: where a variant leaves the baseline's answer, and what is infinite."""
+    said = []
+    for run in comparison.runs:
+        apart = run.difference
+        if apart is None:
+            continue
+        step = apart.diverges_at
+        said.append(
+            f"{run.name}: "
+            + (
+                "at no token of the baseline's answer would it choose another."
+                if step is None
+                else f"at token {step + 1} it would choose another than the baseline."
+            )
+        )
+        for name, values in (("KL(baseline, variant)", apart.kl), ("KL(variant, baseline)", apart.kl_reverse)):
+            if num := int(values.isinf().sum()):
+                said[-1] += f" {name} is infinite at {num} of {len(values)} tokens, which the curve leaves out."
+    return said
 
 
 def _known(values: Tensor) -> list[float | None]:

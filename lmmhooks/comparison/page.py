@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmmhooks.comparison.explorer import explorer
-from lmmhooks.comparison.figures import charts, cost_table, headline, stacks, token_tables
+from lmmhooks.comparison.figures import charts, cost_table, headline, remarks, stacks, token_tables
 from lmmhooks.pages import picture_uri, write_page
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ def view(comparison: Comparison) -> dict[str, Any]:
         "headline": headline(comparison),
         "stacks": stacks(comparison),
         "curves": charts(comparison),
+        "remarks": remarks(comparison),
         "token_tables": token_tables(comparison),
         "cost": cost_table(comparison),
         # Without an explorer nothing else shows what was asked about.

@@ -11,6 +11,7 @@ const make = (tag, name, text) => {
   return node;
 };
 const percent = (value, digits = 1) => value === null ? "-" : `${(100 * value).toFixed(digits)} %`;
+const likely = p => p < 0.001 ? "<0.001" : p.toFixed(3);
 const small = value => value === 0 ? "0 %" : percent(value, Math.abs(value) < 0.001 ? 3 : 2);
 
 // Answers ------------------------------------------------------------------------------------------------------------
@@ -71,7 +72,7 @@ function colour(v, apart) {
     return [...end, 235 * Math.sqrt(size)];
   }
   const x = Math.max(0, Math.min(1, v)) * (HEAT.length - 1), i = Math.min(HEAT.length - 2, Math.floor(x)), f = x - i;
-  return [...HEAT[i].map((c, k) => c + f * (HEAT[i + 1][k] - c)), 150 + 80 * Math.max(0, Math.min(1, v))];
+  return [...HEAT[i].map((c, k) => c + f * (HEAT[i + 1][k] - c)), 80 + 150 * Math.sqrt(Math.max(0, Math.min(1, v)))];
 }
 
 // Panels -------------------------------------------------------------------------------------------------------------
@@ -188,7 +189,7 @@ function drawWords(panel) {
   for (const [text, p] of trace.top[t]) {
     const row = make("div", text.trim() === trace.tokens[t].trim() ? "bar chosen" : "bar");
     row.style.setProperty("--p", p);
-    row.append(make("span", "", text.trim() ? text : JSON.stringify(text)), make("span", "", p.toFixed(3)));
+    row.append(make("span", "", text.trim() ? text : JSON.stringify(text)), make("span", "", likely(p)));
     panel.bars.append(row);
   }
 }
