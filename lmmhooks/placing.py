@@ -161,9 +161,9 @@ def shown_of_square(prepare: Any, size: Size, patch: int) -> Box:
 
 def shown_stretched(prepare: Any, size: Size, patch: int) -> Box:
     """Like `shown`, of an image that is resized without its aspect first, to the size the processor is set to."""
-    wanted = dict(prepare.size)
-    edge = wanted.get("shortest_edge")
-    first = wanted.get("width") or edge, wanted.get("height") or edge
+    wanted: dict[str, int] = dict(prepare.size)
+    edge = wanted.get("shortest_edge", 0)
+    first = wanted.get("width", edge), wanted.get("height", edge)
     left, top, right, bottom = shown(prepare, first, patch)
     across, down = (given / now for given, now in zip(size, first, strict=True))
     return left * across, top * down, right * across, bottom * down

@@ -125,21 +125,21 @@ class LlavaNextFamily(Family):
         columns = len(packed) // max(rows, 1) - 1 if rows else 0
         # ... and how many patches that stands for, the same number being cut off at opposite sides.
         mosaic = torch.empty(1, tile_rows * side, tile_columns * side)
-        left = unpad_image(mosaic, (height, width)).shape[1:]
-        cut = [(full - kept) // 2 for full, kept in zip(mosaic.shape[1:], left, strict=True)]
+        remaining = unpad_image(mosaic, (height, width)).shape[1:]
+        cut = [(full - kept) // 2 for full, kept in zip(mosaic.shape[1:], remaining, strict=True)]
         index = torch.full((rows, columns), -1)
         number, *place = in_mosaic(tokens, tile_columns)
         # The cell whose middle is nearest: tokens of an interpolated mosaic know only the patch next to their middle.
         row, column = (
             (2 * (patch - before) + 1) * cells // (2 * kept)
-            for patch, before, cells, kept in zip(place, cut, index.shape, left, strict=True)
+            for patch, before, cells, kept in zip(place, cut, index.shape, remaining, strict=True)
         )
         index[row, column] = number
 
         target = tile_rows * tile, tile_columns * tile
         resized = get_patch_output_size(view_of(size), target, ChannelDimension.FIRST)
         sides = []
-        for given, now, full, before, kept in zip((height, width), resized, target, cut, left, strict=True):
+        for given, now, full, before, kept in zip((height, width), resized, target, cut, remaining, strict=True):
             scale, pad, pitch = given / now, (full - now) // 2, tile / side
             sides.append(((before * pitch - pad) * scale, ((before + kept) * pitch - pad) * scale))
         (top, bottom), (first, last) = sides
