@@ -92,7 +92,7 @@ class ClipMaps:
     def maps(self, image: Image, text: str, layer: int) -> tuple[Tensor, Tensor]:
         """Relation to a text ``[rows, columns]`` of what patches add to the class token, and of the patch tokens."""
         vision = self.model.vision_model
-        pixels = self.image_processor(images=image, return_tensors="pt")["pixel_values"].to(self.model.dtype)
+        pixels = self.image_processor(images=image, return_tensors="pt")["pixel_values"]
         states = vision(pixel_values=pixels, output_hidden_states=True).hidden_states
         norm, last = vision.post_layernorm, states[-1][0, 0]
         # In as many parts the released code divides the mean and the bias of the norm: attention and MLP of all layers
@@ -127,7 +127,7 @@ def load_clip(path: str) -> ClipMaps:
     from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
     try:
-        model = CLIPModel.from_pretrained(path).eval()
+        model = CLIPModel.from_pretrained(path, dtype=torch.float32).eval()
         return ClipMaps(model, AutoImageProcessor.from_pretrained(path), AutoTokenizer.from_pretrained(path))
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]

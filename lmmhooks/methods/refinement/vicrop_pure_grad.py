@@ -99,9 +99,11 @@ class ViCropPixels(ViCrop):
             question = (question / look.memory[key]).nan_to_num(nan=0.0, posinf=0.0)
         height, width = question.shape
         grid = look.geometry.grids[0]
-        part = look.image if self.geometry == "official" else look.image.crop(tuple(round(side) for side in grid.box))
+        left, top, right, bottom = (round(side) for side in grid.box)
+        part = look.image if self.geometry == "official" else look.image.crop((left, top, right, bottom))
         fine = high_pass(part, (width, height), self.median, self.blur)
-        means = per_cell(question * torch.from_numpy(fine > np.median(fine)), tuple(grid.index.shape))
+        rows, columns = grid.index.shape
+        means = per_cell(question * torch.from_numpy(fine > np.median(fine)), (rows, columns))
         values = torch.zeros(look.geometry.num_tokens)
         there = grid.index >= 0
         values[grid.index[there]] = means[there]
