@@ -87,7 +87,7 @@ def rank_gaussian(grid: Tensor, size: int = 3) -> Tensor:
         float64 ``[rows, columns]``. 0 for windows of mean 0. A window of equal values gives that value, where the
         released code divides 0 by 0.
     """
-    padded = np.pad(grid.double().cpu().numpy(), size // 2, mode="reflect")
+    padded = np.pad(grid.detach().double().cpu().numpy(), size // 2, mode="reflect")
     windows = np.sort(sliding_window_view(padded, (size, size)).reshape(*grid.shape, size * size), axis=-1)
     mean, spread = windows.mean(axis=-1), windows.std(axis=-1)
     ranks = np.arange(size * size) - size * size // 2
@@ -126,7 +126,8 @@ class Tam(MapKind):
 
     def values(self, question: Question) -> Tensor:
         words, places = self._text(question)
-        scores = self._scores(question, words, places)
+        with torch.no_grad():
+            scores = self._scores(question, words, places)
         visual = scores[:, question.positions]
         gone = visual.isnan().any(dim=0)
         visual = visual.masked_fill(gone, 0.0)
