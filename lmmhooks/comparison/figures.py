@@ -32,7 +32,8 @@ def headline(comparison: Comparison) -> Table:
     """One row per variant: what it answers, how far it is from the baseline, what it looks at, what it costs."""
     carve = any(run.along and carve_entropy(run.along.entropy) is not None for run in comparison.runs)
     margins = any(run.margin is not None for run in comparison.runs)
-    columns = ["variant", "answer", "log p, sum of differences", "attention on image", "entropy"]
+    several = len(comparison.runs) > 1
+    columns = ["variant", "answer", *["log p, sum of differences"] * several, "attention on image", "entropy"]
     columns += [f"entropy, layers {CARVE_LAYERS[0]} to {CARVE_LAYERS[1]}, last token"] * carve
     columns += ["log p(yes) - log p(no)"] * margins
     columns += ["tokens", "ms"]
@@ -42,7 +43,7 @@ def headline(comparison: Comparison) -> Table:
         row = [
             run.name,
             run.text or "(empty)",
-            "-" if run.difference is None else _signed(float(run.difference.dlogp.sum())),
+            *(["-" if run.difference is None else _signed(float(run.difference.dlogp.sum()))] * several),
             "-" if trace is None else _number(trace.visual_share, ".3f"),
             "-" if trace is None else _number(float(trace.entropy.nanmean()), ".2f"),
         ]
@@ -104,6 +105,7 @@ def charts(comparison: Comparison) -> list[Chart]:
     by_layer = partial(chart, names=names)
     by_token = partial(chart, names=names, axis="token", first=1)
     found: list[Chart | None] = []
+    removed = any(layer.visual_kept != layer.visual_in for run in comparison.runs for layer in run.stats.layers)
     if traced and traced[0][1].spans:
         layerwise = of(lambda trace: trace.shares[..., VISUAL].nanmean(dim=0))
         found += [
@@ -112,7 +114,9 @@ def charts(comparison: Comparison) -> list[Chart]:
             by_token("Attention on the image, by token", of(lambda t: t.shares[..., VISUAL].nanmean(dim=1))),
             by_layer("Entropy of the attention on the image", of(lambda trace: trace.entropy.nanmean(dim=0))),
             by_token("Entropy, by token", of(lambda trace: trace.entropy.nanmean(dim=1))),
-            by_layer("Visual tokens kept, share of the prompt's", _kept(comparison.runs), steps=True),
+            by_layer("Visual tokens kept, share of the prompt's", _kept(comparison.runs), steps=True)
+            if removed
+            else None,
         ]
     found += [
         by_token("Log-probability of the baseline's tokens, difference", _apart(others, "dlogp")),

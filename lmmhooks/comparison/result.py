@@ -87,7 +87,8 @@ class Run:
     kept
         Same grid: whether the token reaches the last decoder layer.
     first_token_ms
-        Time from the call of ``generate`` to the first logits, image encoding included.
+        Time from the call of ``generate`` to the first logits, image encoding included; to those of the first pass for
+        methods that answer in several.
     total_ms
         Time of the whole call; nothing was read meanwhile.
     stats

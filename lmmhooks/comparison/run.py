@@ -239,6 +239,8 @@ class _Meter:
     end: float = 0.0
     passes: int = 0
     peak_bytes: int | None = None
+    depth: int = 0
+    """Forwards under way: branches are read inside the forward of the caller."""
 
     @property
     def first_ms(self) -> float:
@@ -257,17 +259,19 @@ def _meter(runtime: Runtime) -> Iterator[_Meter]:
     attachments = Attachments()
 
     def count(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        meter.depth += 1
         tokens = args[0] if args else kwargs.get("input_ids")
         if isinstance(tokens, Tensor) and tokens.shape[1] > 1:
             meter.passes += 1
 
     def tick(*_: Any) -> None:
-        if meter.first is None:
+        meter.depth -= 1
+        if meter.first is None and not meter.depth:
             _wait(device)
             meter.first = time.perf_counter()
 
     attachments.pre_hook(model, count, "passes", first=True)
-    attachments.hook(model, tick, "clock")
+    attachments.hook(model, tick, "clock", always=True)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     _wait(device)

@@ -162,7 +162,9 @@ function unseen(context, left, high, w, h, canvas) {
   context.rect(0, 0, canvas.width, canvas.height);
   context.rect(left, high, w, h);
   context.clip("evenodd");
-  context.strokeStyle = "rgb(128 128 128 / .8)";
+  context.fillStyle = "rgb(40 44 50 / .7)";
+  context.fillRect(0, 0, canvas.width, canvas.height);
+  context.strokeStyle = "rgb(150 156 164 / .9)";
   context.lineWidth = 2;
   context.beginPath();
   for (let x = -canvas.height; x < canvas.width; x += 10) {
@@ -184,7 +186,7 @@ function drawWords(panel) {
   const parts = [`probability ${mean(trace.probability).toFixed(3)}`, `rank ${trace.rank[t]}`];
   if (trace.dlogp) parts.push(trace.dlogp[t] === null ? "ruled out" : `log p ${trace.dlogp[t] < 0 ? "" : "+"}${trace.dlogp[t].toFixed(3)} to baseline`);
   if (trace.visual) parts.push(`${percent(mean(trace.share))} of its attention on the image`);
-  if (trace.num_sinks) parts.push(`${trace.num_sinks} sink${trace.num_sinks > 1 ? "s" : ""} take ${percent(trace.sink_share)} of that (all tokens)`);
+  if (trace.num_sinks) parts.push(`${trace.num_sinks === 1 ? "1 sink takes" : `${trace.num_sinks} sinks take`} ${percent(trace.sink_share)} of that over the answer`);
   panel.said.textContent = parts.join(" · ");
   for (const [text, p] of trace.top[t]) {
     const row = make("div", text.trim() === trace.tokens[t].trim() ? "bar chosen" : "bar");

@@ -42,10 +42,19 @@ def test_json_and_page(saved, tmp_path) -> None:
     baseline, reduced, both = (run["stats"] for run in runs)
     assert baseline["flops_saved"] == 0
     assert reduced["average_visual"] == both["average_visual"] == 4
+    runs = json.loads(done.out)["runs"]
+    assert runs[0]["difference"] is None
+    assert len(runs[1]["difference"]["dlogp"]) == len(runs[0]["along_baseline"]["tokens"])
     html = page.read_text()
     assert "uniform-grid(keep=4)" in html
     assert "data:image/png;base64," in html
     assert "http" not in html.replace("http://www.w3.org", "")
+
+
+def test_a_method_that_answers_by_itself(saved) -> None:
+    done = invoke(*arguments(saved, "--method", "mvp"))
+    assert done.status == 0, done.err
+    assert "several generations" in done.out
 
 
 def test_table(saved) -> None:

@@ -33,14 +33,20 @@ def test_table(given) -> None:
 
 def test_json_and_page(given, tmp_path) -> None:
     page = tmp_path / "page.html"
-    done = invoke(*given, "--json", "--html", str(page), "--sink-dims", "3,5", "--probe-rows", "all")
+    done = invoke(
+        *given, "--json", "--html", str(page), "--sink-dims", "3,5", "--probe-rows", "all", "--max-new-tokens", "3"
+    )
     assert done.status == 0, done.err
-    report = json.loads(done.out)["sinks"]
+    said = json.loads(done.out)
+    assert len(said["answer"]["along_baseline"]["maps"]) == said["answer"]["num_tokens"] <= 3
+    report = said["sinks"]
     assert report["channels"]["dims"] == [3, 5]
     assert report["channels"]["source"] == "given"
     (sample,) = report["samples"]
     assert sample["probe_rows"] == sample["length"]
-    assert "data:image/png;base64," in page.read_text()
+    html = page.read_text()
+    assert "data:image/png;base64," in html
+    assert "Where it looks, token by token" in html
 
 
 def test_a_prompt_without_image(given) -> None:

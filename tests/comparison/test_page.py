@@ -155,7 +155,6 @@ def test_curves_and_tables_are_there(pair, tmp_path) -> None:
         "Entropy, by token",
         "Log-probability of the baseline&#39;s tokens, difference",
         "KL(baseline, variant)",
-        "Visual tokens kept",
     ):
         assert title in page, title
     assert page.count("<polygon") == 2 * 4, "system, visual, instruction and generated, for both"

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import math
 from dataclasses import replace
 
 import pytest
+from PIL import Image
 
 import lmmhooks
 from lmmhooks.inspect import sinks
-from lmmhooks.pages import chart
+from lmmhooks.pages import areas, chart, picture_uri
+from tests.comparison.made import comparison, run, trace
 from tests.planted import MASSIVE, planted
 from tests.zoo import build
 
@@ -96,3 +100,42 @@ def test_logarithmic_curves_span_whole_decades():
     ((low, high),) = drawn.curves["a"]
     assert math.isclose(low[1], 50 - 50 * (math.log10(0.5) + 1) / 4)
     assert math.isclose(high[3], 300.0)
+
+
+def test_curves_below_zero_have_a_line_there():
+    drawn = chart("title", {"a": [-1.0, 3.0], "b": [0.0, 0.0]}, axis="token", first=1, names=["z", "a", "b"])
+    assert drawn.zero == 37.5
+    assert [text for _, text in drawn.ticks] == ["-1", "3", "0"]
+    assert drawn.layers == (1, 2)
+    assert drawn.tones["b"] == 2, "colours go by all names, of which some may be missing here"
+    assert chart("title", {"a": [1.0, 3.0]}).zero is None
+
+
+def test_areas_stack_up_to_the_whole():
+    drawn = areas("title", {"low": [0.25, 0.5], "high": [0.75, 0.5]})
+    low, mean = drawn.areas["low"]
+    assert low == [(0, 37.5), (100, 25), (100, 50), (0, 50)]
+    assert mean == 0.375
+    high, _ = drawn.areas["high"]
+    assert high == [(0, 0), (100, 0), (100, 25), (0, 37.5)]
+    assert areas("title", {"all": [1.0]}).areas["all"][0] == [(0, 0), (100, 0), (100, 50), (0, 50)]
+
+
+@pytest.mark.parametrize(("side", "kind"), [(64, "png"), (2000, "jpeg")])
+def test_photographs_are_made_smaller(side, kind):
+    noise = Image.effect_noise((side, side // 2), 80).convert("RGB")
+    uri = picture_uri(noise)
+    assert uri.startswith(f"data:image/{kind};base64,")
+    with Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))) as shown:
+        assert shown.size == (min(side, 1024), min(side, 1024) // 2)
+    assert noise.size == (side, side // 2), "the caller's image is left alone"
+
+
+def test_an_answer_is_shown_above_the_sinks(report, tmp_path):
+    led = trace(tokens=3, layers=6, side=4)
+    answer = comparison([run("baseline", led, size=(32, 32))], (32, 32), prompt="Is it <b>here</b>?")
+    page = report.to_html(tmp_path / "page.html", answer).read_text()
+    assert page.index("Where it looks, token by token") < page.index("Attention sinks of the prompt")
+    assert "Is it &lt;b&gt;here&lt;/b&gt;?" in page
+    assert page.count("<script") == 2
+    assert 'class="sink"' in page
