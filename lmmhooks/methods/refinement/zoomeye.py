@@ -135,6 +135,9 @@ class ZoomEye(RefinementMethod):
             value: Any = getattr(self, name)
             self._require(not isinstance(value, str), name, "a list")
             object.__setattr__(self, name, value if value is None else tuple(value))
+        pairs = [() if isinstance(pair, str) else tuple(pair) for pair in self.examples]
+        self._require(all(len(pair) == 2 for pair in pairs), "examples", "pairs of a question and a reply")
+        object.__setattr__(self, "examples", tuple(pairs))
         for name in ("threshold", "floor", "all_threshold"):
             self._require(getattr(self, name) is None or -1 <= getattr(self, name) <= 1, name, "in [-1, 1]")
         ordered = self.threshold is None or self.floor is None or self.floor <= self.threshold
@@ -152,7 +155,6 @@ class ZoomEye(RefinementMethod):
         self._require(self.pops_per_level >= 1, "pops_per_level", "1 or more")
         self._require(self.all_depth >= 0, "all_depth", "0 or more")
         self._require(self.cues in ("model", "question"), "cues", "'model' or 'question'")
-        self._require(all(len(pair) == 2 for pair in self.examples), "examples", "pairs of a question and a reply")
         self._require(self.pronouns in (None, "list", "tagged"), "pronouns", "'list' or 'tagged'")
         self._require(len(self.words) == 2 and self.words[0] != self.words[1], "words", "two different words")
         for name in ("decomposed", "existence", "latent", "answering"):
@@ -167,7 +169,7 @@ class ZoomEye(RefinementMethod):
         sides = getattr(family.vision.config, "image_size", None) or ANY_SIZE
         view = self.view or ("global" if family.tokens_per_image is None else "local")
         local = view == "local"
-        values = {
+        values: dict[str, Any] = {
             "view": view,
             "overview": self.overview or ("square" if family.has_tiles else "shrunk"),
             "bias": (0.2 if local else 0.6) if self.bias is None else self.bias,
@@ -242,12 +244,12 @@ class ZoomEye(RefinementMethod):
 
     def _will_do(self, look: Look, root: Node, cues: Sequence[str]) -> bool:
         """Whether some thing can be told from the whole image, small as the encoder's input."""
-        side = self.side or ANY_SIZE
+        side, enough = self.side or ANY_SIZE, self.threshold or 0.0
         small = shrunk(look.image, side)
         if self.overview == "square":
             small = padded(look.image, look.mean_color)[0].resize((side, side))
         return any(
-            self._certainty(look, self.answering or ANSWERING, self.decomposed.format(cue), [small]) >= self.threshold
+            self._certainty(look, self.answering or ANSWERING, self.decomposed.format(cue), [small]) >= enough
             for cue in cues
             if not cue.startswith("all ")
         )
