@@ -7,12 +7,22 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 from scipy import ndimage
+from transformers import (
+    SamConfig,
+    SamImageProcessor,
+    SamMaskDecoderConfig,
+    SamModel,
+    SamProcessor,
+    SamPromptEncoderConfig,
+    SamVisionConfig,
+)
 
 import lmmhooks
 from lmmhooks.errors import MethodError, PromptError
 from lmmhooks.methods.refinement import operators
 from lmmhooks.methods.refinement.fgvp import Fgvp, of_mask
 from lmmhooks.methods.refinement.regions import best_regions, box_of, number_kept, top_share
+from lmmhooks.methods.refinement.segmenting import segment, without_specks
 from lmmhooks.prompting import answer
 from tests.methods.looked import PROMPT, looked, models, picture  # noqa: F401 # fixtures
 
@@ -189,6 +199,72 @@ def test_both_pictures_can_be_shown(models, picture, monkeypatch):  # noqa: F811
     _, _, shown = looked(monkeypatch, model, processor, "fgvp(show='both', operator='contour')", picture)
     assert shown[0].tobytes() == picture.tobytes()
     assert len(shown) == 2
+
+
+@pytest.fixture(scope="module")
+def sam(tmp_path_factory):
+    """Folder of a tiny SAM with random weights."""
+    folder = tmp_path_factory.mktemp("sam")
+    vision = SamVisionConfig(
+        hidden_size=16, output_channels=16, num_hidden_layers=1, num_attention_heads=2, image_size=64, patch_size=8,
+        window_size=4, global_attn_indexes=[0], mlp_dim=16, num_pos_feats=8,
+    )  # fmt: skip
+    prompts = SamPromptEncoderConfig(hidden_size=16, image_size=64, patch_size=8, mask_input_channels=4)
+    masks = SamMaskDecoderConfig(
+        hidden_size=16, mlp_dim=16, num_hidden_layers=1, num_attention_heads=2, iou_head_hidden_dim=16
+    )
+    torch.manual_seed(0)
+    config = SamConfig(vision_config=vision, prompt_encoder_config=prompts, mask_decoder_config=masks)
+    model = SamModel(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    model.save_pretrained(folder)
+    prepare = SamImageProcessor(
+        size={"longest_edge": 64}, pad_size={"height": 64, "width": 64}, mask_size={"longest_edge": 16},
+        mask_pad_size={"height": 16, "width": 16},
+    )  # fmt: skip
+    SamProcessor(prepare).save_pretrained(folder)
+    return str(folder)
+
+
+def test_sam_cuts_out_what_is_in_the_box(models, picture, monkeypatch, sam):  # noqa: F811
+    model, _, processor = models
+    spec = f"fgvp(operator='mask', alpha=1, sam={sam!r}, min_area=0)"
+    _, _, shown = looked(monkeypatch, model, processor, spec, picture, region=(20, 30, 90, 100))
+    mask = segment(picture, (20, 30, 90, 100), sam)
+    assert mask.shape == (150, 260)
+    assert mask.any()
+    assert not mask.all()
+    assert ((np.asarray(shown[0]) == (0, 255, 0)).all(axis=2) >= mask).all()
+    assert (np.asarray(shown[0])[~mask] == np.asarray(picture)[~mask]).all()
+    assert (segment(picture, (200, 10, 250, 60), sam) != mask).any(), "another box, another mask"
+
+
+def test_sam_that_cannot_be_loaded_is_refused_when_wrapping(models, tmp_path):  # noqa: F811
+    model, _, processor = models
+    with pytest.raises(MethodError, match="give the folder or hub id of a SAM model"):
+        lmmhooks.wrap(model, f"fgvp(sam={str(tmp_path)!r})", processor=processor)
+
+
+def test_specks_are_removed():
+    mask = np.zeros((1024, 1024), dtype=bool)
+    mask[100:200, 100:200] = True
+    mask[120:130, 120:130] = False  # 100 pixels
+    mask[150:180, 150:180] = False  # 900
+    mask[500:510, 500:510] = True  # 100
+    mask[600:630, 600:630] = True  # 900
+    found = without_specks(mask, 400)
+    expected = mask.copy()
+    expected[120:130, 120:130] = True
+    expected[500:510, 500:510] = False
+    assert (found == expected).all()
+    assert (without_specks(mask, 0) == mask).all()
+    # The largest stays whatever its size, and areas are those of a picture of 1024 pixels.
+    assert without_specks(mask, 1e6)[100:200, 100:200].all()
+    small = mask[::4, ::4]
+    assert (without_specks(small, 400) == expected[::4, ::4]).all()
+    assert not without_specks(np.zeros((9, 9), dtype=bool), 0).any()
 
 
 @pytest.mark.parametrize(

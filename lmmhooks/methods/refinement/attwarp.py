@@ -27,7 +27,7 @@ from lmmhooks.methods.refinement.base import Look
 from lmmhooks.methods.refinement.operators import warped
 from lmmhooks.methods.refinement.saliency import Saliency
 from lmmhooks.methods.refinement.softmask import AnswerMap
-from lmmhooks.methods.refinement.warping import TRANSFORMS, backwards, capped, densities, knots
+from lmmhooks.methods.refinement.warping import MONOTONE, backwards, capped, densities, knots
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -96,7 +96,7 @@ class AttWarp(AnswerMap):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require(self.transform in TRANSFORMS, "transform", " or ".join(map(repr, TRANSFORMS)))
+        self._require(self.transform in MONOTONE, "transform", " or ".join(map(repr, MONOTONE)))
         if self.size is not None:
             object.__setattr__(self, "size", tuple(self.size))
             self._require(len(self.size) == 2 and min(self.size) >= 1, "size", "width and height, 1 or more, or unset")

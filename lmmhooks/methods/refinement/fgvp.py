@@ -2,10 +2,10 @@
 FGVP (fine-grained visual prompting): keep a region sharp and blur everything else ("blur reverse mask").
 
 Published for CLIP with masks from SAM; here a mask is the best regions of any method's map, the box of the caller
-(``patch.answer(..., region=(left, top, right, bottom))``), or a map of zeros and ones. What is done to the picture is
-the released code's, to the grey levels; its radius is in pixels at the encoder's size and is scaled to the image here.
-``gray`` applies the weights of red and blue exchanged, as released (``luminance='rgb'`` does not). There are no
-published figures of the method on models that answer in text.
+(``patch.answer(..., region=(left, top, right, bottom))``), or what SAM finds in the box around either (``sam``). What
+is done to the picture is the released code's, to the grey levels; its radius is in pixels at the encoder's size and is
+scaled to the image here. ``gray`` applies the weights of red and blue exchanged, as released (``luminance='rgb'`` does
+not). There are no published figures of the method on models that answer in text.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from lmmhooks.methods.base import setting
 from lmmhooks.methods.refinement import operators
 from lmmhooks.methods.refinement.base import Look
 from lmmhooks.methods.refinement.nested import MapOfAnother
-from lmmhooks.methods.refinement.regions import best_regions, number_kept, top_share
+from lmmhooks.methods.refinement.regions import best_regions, box_of, number_kept, top_share
 from lmmhooks.methods.refinement.saliency import Saliency
+from lmmhooks.methods.refinement.segmenting import load_sam, segment, without_specks
 from lmmhooks.methods.refinement.softmask import placed, soft_mask
 
 if TYPE_CHECKING:
@@ -65,6 +66,12 @@ class Fgvp(MapOfAnother):
     colour: tuple[int, int, int] = setting((0, 255, 0), help="Of 'mask' and 'reverse': red, green, blue, 0 to 255.")
     line_colour: tuple[int, int, int] = setting((255, 0, 0), help="Of 'contour': red, green, blue, 0 to 255.")
     thickness: int = setting(2, help="Of 'contour', in pixels, 1 or more.")
+    sam: str | None = setting(
+        None, help="Folder or hub id of a SAM model that cuts out what is in the box of the region."
+    )
+    min_area: float = setting(
+        400.0, help="With `sam`: holes and islands below this go, in pixels at a longer side of 1024, 0 or more."
+    )
     luminance: str = setting("released", help="Weights of 'gray': 'released', red and blue exchanged, or 'rgb'.")
 
     def __post_init__(self) -> None:
@@ -82,7 +89,13 @@ class Fgvp(MapOfAnother):
             object.__setattr__(self, name, value)
             self._require(len(value) == 3 and all(0 <= level <= 255 for level in value), name, "3 numbers in 0 to 255")
         self._require(self.thickness >= 1, "thickness", "1 or more")
+        self._require(self.min_area >= 0, "min_area", "0 or more")
         self._require(self.luminance in operators.LUMINANCE, "luminance", "'released' or 'rgb'")
+
+    def check(self, family: Any) -> None:
+        super().check(family)
+        if self.sam is not None:
+            load_sam(self.sam)
 
     def saliency(self, look: Look) -> Saliency:
         if look.region is None:
@@ -101,10 +114,18 @@ class Fgvp(MapOfAnother):
         top = top_share(plane, self.share)
         return best_regions(top, plane, number_kept(top, self.num_regions, self.share))
 
+    def region(self, image: Image, saliency: Saliency) -> np.ndarray:
+        """Bool ``[height, width]``: the region, or what SAM finds in the box around it."""
+        mask = self.mask(saliency)
+        if self.sam is None or (box := box_of(mask)) is None:
+            return mask
+        return without_specks(segment(image, box, self.sam), self.min_area)
+
     def refined(self, image: Image, saliency: Saliency) -> Image:
         if self.operator in ("blur", "gray"):
-            return operators.seen_through(image, self._behind(image), self._soft(saliency) or self.mask(saliency))
-        mask = self.mask(saliency)
+            mask = self._soft(saliency) or self.region(image, saliency)
+            return operators.seen_through(image, self._behind(image), mask)
+        mask = self.region(image, saliency)
         if self.operator == "contour":
             return operators.outlined(image, mask, self.line_colour, self.thickness)
         return operators.tinted(image, mask if self.operator == "mask" else ~mask, self.colour, self.alpha)

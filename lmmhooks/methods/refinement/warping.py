@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-__all__ = ["TRANSFORMS", "backwards", "capped", "densities", "forwards", "knots", "magnification"]
+__all__ = ["MONOTONE", "TRANSFORMS", "backwards", "capped", "densities", "forwards", "knots", "magnification"]
 
 #: Put on every pixel's attention by the released code, so that none vanishes.
 FLOOR = 1e-9
@@ -22,7 +22,10 @@ TRANSFORMS: dict[str, tuple[Callable[[np.ndarray], np.ndarray], Callable[[np.nda
     "sqrt": (np.sqrt, np.square),
     "square": (np.square, lambda x: np.sqrt(np.maximum(x, 0))),
     "exp": (np.exp, lambda x: np.log(np.maximum(x, FLOOR))),
+    "log": (lambda x: np.log(x + 1e-5), lambda x: np.exp(x) - 1e-5),
 }
+#: Those that leave densities positive, so that columns and rows keep their order; released are all of them.
+MONOTONE = ("identity", "sqrt", "square", "exp")
 
 
 def densities(
