@@ -18,8 +18,9 @@ from torch import Tensor
 from lmmhooks.comparison.measures import bands, mean_map
 from lmmhooks.comparison.places import Cells
 from lmmhooks.comparison.result import Comparison, Run, plain
-from lmmhooks.comparison.trace import SPANS, Trace
+from lmmhooks.comparison.trace import Trace
 from lmmhooks.comparison.words import word_groups
+from lmmhooks.inspect.maps.result import SPANS
 from lmmhooks.pages import picture_uri
 
 __all__ = ["ABSENT", "LEVELS", "explorer", "quantise"]

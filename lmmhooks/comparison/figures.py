@@ -9,9 +9,10 @@ from functools import partial
 
 from torch import Tensor
 
-from lmmhooks.comparison.measures import CARVE_LAYERS, carve_entropy
+from lmmhooks.comparison.measures import carve_entropy
 from lmmhooks.comparison.result import Comparison, Run
-from lmmhooks.comparison.trace import SPANS, Trace
+from lmmhooks.comparison.trace import Trace
+from lmmhooks.inspect.maps.result import CARVE_LAYERS, SPANS
 from lmmhooks.pages import Areas, Chart, areas, chart
 
 __all__ = ["Table", "charts", "cost_table", "headline", "remarks", "stacks", "token_tables"]
@@ -34,7 +35,7 @@ def headline(comparison: Comparison) -> Table:
     margins = any(run.margin is not None for run in comparison.runs)
     several = len(comparison.runs) > 1
     columns = ["variant", "answer", *["log p, sum of differences"] * several, "attention on image", "entropy"]
-    columns += [f"entropy, layers {CARVE_LAYERS[0]} to {CARVE_LAYERS[1]}, last token"] * carve
+    columns += [f"entropy, layers {CARVE_LAYERS[0]} to {CARVE_LAYERS[-1]}, last token"] * carve
     columns += ["log p(yes) - log p(no)"] * margins
     columns += ["tokens", "ms"]
     rows = []

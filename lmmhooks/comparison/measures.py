@@ -8,15 +8,15 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-__all__ = ["CARVE_LAYERS", "bands", "carve_entropy", "divergence", "entropy", "mean_map", "ranks", "within_image"]
+from lmmhooks.inspect.maps import measures
+from lmmhooks.inspect.maps.result import CARVE_LAYERS
 
-CARVE_LAYERS = (20, 25)
-"""First and last layer over which CARVE averages the entropy, whatever the model's depth (authors' analysis)."""
+__all__ = ["bands", "carve_entropy", "divergence", "entropy", "mean_map", "ranks", "within_image"]
 
 
 def within_image(visual: Tensor) -> Tensor:
     """
-    Rows restricted to visual tokens and divided by their sum.
+    Rows restricted to visual tokens and divided by their sum, as in `lmmhooks.inspect.maps.measures`.
 
     Parameters
     ----------
@@ -28,8 +28,7 @@ def within_image(visual: Tensor) -> Tensor:
     Tensor
         ``[..., V]``; the tokens that are there sum to 1, or are all NaN where nothing falls on them.
     """
-    total = visual.nansum(dim=-1, keepdim=True)
-    return visual / torch.where(total > 0, total, torch.nan)
+    return measures.within_image(visual).masked_fill(visual.nansum(dim=-1, keepdim=True) == 0, torch.nan)
 
 
 def entropy(within: Tensor) -> Tensor:
@@ -38,9 +37,7 @@ def entropy(within: Tensor) -> Tensor:
 
     A uniform row over V tokens has entropy ln V.
     """
-    known = ~within.isnan()
-    total = torch.special.entr(within.nan_to_num(0.0)).sum(dim=-1)
-    return torch.where(known.any(dim=-1), total, torch.nan)
+    return measures.entropy(within).masked_fill(within.isnan().all(dim=-1), torch.nan)
 
 
 def carve_entropy(by_layer: Tensor) -> float | None:
@@ -57,12 +54,12 @@ def carve_entropy(by_layer: Tensor) -> float | None:
     Returns
     -------
     float or None
-        None for models without these layers, and where nothing falls on the image.
+        Over those of the layers that the model has; None where it has none, and where nothing falls on the image.
     """
-    first, last = CARVE_LAYERS
-    if by_layer.shape[0] == 0 or by_layer.shape[1] <= last:
+    known = [layer for layer in CARVE_LAYERS if layer < by_layer.shape[1]]
+    if not known or not len(by_layer):
         return None
-    value = float(by_layer[-1, first : last + 1].mean())
+    value = float(by_layer[-1, known].mean())
     return None if math.isnan(value) else value
 
 

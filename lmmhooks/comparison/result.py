@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lmmhooks.comparison.measures import CARVE_LAYERS, carve_entropy, divergence
-from lmmhooks.comparison.trace import SPANS, Trace
+from lmmhooks.comparison.measures import carve_entropy, divergence
+from lmmhooks.comparison.trace import Trace
+from lmmhooks.inspect.maps.result import CARVE_LAYERS, SPANS
 
 if TYPE_CHECKING:
     from os import PathLike

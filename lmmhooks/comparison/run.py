@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 from lmmhooks.comparison.places import cells_of
 from lmmhooks.comparison.result import BASELINE, Comparison, Run, Token, compared
-from lmmhooks.comparison.trace import SPANS, Trace, lead
+from lmmhooks.comparison.trace import Trace, lead
 from lmmhooks.comparison.words import yes_no
 from lmmhooks.engines.attach import Attachments
 from lmmhooks.engines.runtime import Runtime, find_runtime
 from lmmhooks.errors import LmmhooksError, MethodError
+from lmmhooks.inspect.maps.result import SPANS
 from lmmhooks.loading import identity
 from lmmhooks.methods.registry import resolve
 from lmmhooks.patch import Patch, wrap

@@ -19,7 +19,8 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from lmmhooks.comparison.measures import entropy, mean_map, ranks, within_image
 from lmmhooks.inspect.answer_rows import AnswerRow, AnswerRows
-from lmmhooks.inspect.detectors import Criteria, magnet_share
+from lmmhooks.inspect.maps.measures import favouring, sinks_of
+from lmmhooks.inspect.maps.result import SPANS
 from lmmhooks.layout import Segment, VisualSpan
 from lmmhooks.methods.words import token_texts
 
@@ -27,14 +28,9 @@ if TYPE_CHECKING:
     from lmmhooks.engines.runtime import Runtime
     from lmmhooks.engines.state import PromptState
 
-__all__ = ["SPANS", "Candidate", "Trace", "lead"]
-
-SPANS = ("system", "visual", "instruction", "generated")
-"""Parts of the sequence, in the order of the last axis of `Trace.shares`."""
+__all__ = ["Candidate", "Trace", "lead"]
 
 NUM_CANDIDATES = 5
-SINK_PAIRS = 0.5
-"""A cell is a sink where it is favoured in at least that share of all pairs of layer and head."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +127,7 @@ class Trace:
         """
         if not self.favoured.numel():
             return torch.zeros(len(self.images), dtype=torch.bool)
-        return self.favoured.mean(dim=(0, 1)) >= SINK_PAIRS
+        return sinks_of(self.favoured.mean(dim=(0, 1)), pairs=1)
 
     @property
     def sink_share(self) -> float:
@@ -239,9 +235,9 @@ def _keep(row: AnswerRow, state: PromptState) -> tuple[Tensor, Tensor, Tensor] |
     ordinal = ordinal[row.position[seen]]
     visual = torch.full((len(places),), torch.nan)
     visual[ordinal] = mean[seen]
-    heads = torch.tensor(row.weights.shape[0])
+    num_heads, num_keys = row.weights.shape
     favoured = torch.zeros_like(visual)
-    favoured[ordinal] = magnet_share(row.weights, heads, Criteria().received).cpu()[seen]
+    favoured[ordinal] = (favouring(row.weights, num_keys) / num_heads).cpu()[seen]
     return shares, visual, favoured
 
 

@@ -6,29 +6,23 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from lmmhooks.inspect.maps.words import group_words
+
 __all__ = ["word_groups", "yes_no"]
 
 
 def word_groups(texts: Sequence[str]) -> list[list[int]]:
     """
-    Consecutive tokens that make up a word; punctuation and special tokens stand alone.
+    Consecutive tokens that make up a word, or a run of punctuation; special tokens stand alone.
 
     Parameters
     ----------
     texts
         What every token adds to the text.
     """
-    groups: list[list[int]] = []
-    joins = False
-    for place, text in enumerate(texts):
-        # A word goes on as long as neither a space nor a sign comes between; bytes of a character are part of one.
-        is_part = bool(re.fullmatch(r"(?:[^\W_]|['’\ufffd-])+", text))
-        if joins and is_part:
-            groups[-1].append(place)
-        else:
-            groups.append([place])
-        joins = bool(re.fullmatch(r"\s*(?:[^\W_]|['’\ufffd-])+", text))
-    return groups
+    groups = [list(word.tokens) for word in group_words(texts)]
+    known = {place for group in groups for place in group}
+    return sorted([*groups, *([place] for place in range(len(texts)) if place not in known)])
 
 
 def yes_no(answers: Sequence[str], tokenizer: Any) -> tuple[list[int], list[int]] | None:

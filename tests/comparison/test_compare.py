@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import lmmhooks
-from lmmhooks.comparison.trace import SPANS
+from lmmhooks.inspect.maps.result import SPANS
 from lmmhooks.prompting import build_inputs
 from lmmhooks_eval.tasks import scenes
 
