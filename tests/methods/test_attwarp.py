@@ -166,8 +166,13 @@ def test_sizes_and_the_cap(models, picture, monkeypatch):  # noqa: F811
     model, _, processor = models
     _, _, shown = looked(monkeypatch, model, processor, "attwarp(preset='released')", picture)
     assert [image.size for image in shown] == [(500, 500)]
-    _, _, shown = looked(monkeypatch, model, processor, "attwarp(max_magnification=1)", picture)
-    assert shown[0].tobytes() == picture.tobytes(), "no column may become wider, so none can become narrower"
+    _, _, shown = looked(monkeypatch, model, processor, "attwarp(max_magnification=1, show='both')", picture)
+    assert shown[0].tobytes() == shown[1].tobytes(), "no column may become wider, so none can become narrower"
+    plain = answer(model, processor, picture, PROMPT, max_new_tokens=4)
+    for spec in ("attwarp(max_magnification=1)", "refine(operator='attwarp(max_magnification=1)')"):
+        with lmmhooks.wrap(model, spec, processor=processor) as patch:
+            assert patch.attached == []
+            assert patch.answer(picture, PROMPT, max_new_tokens=4) == plain
 
 
 def test_a_chain_is_warps_one_after_the_other(models, picture, monkeypatch):  # noqa: F811

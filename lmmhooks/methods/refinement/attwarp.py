@@ -105,6 +105,10 @@ class AttWarp(AnswerMap):
         self._require(self.chain >= 1, "chain", "1 or more")
         self._require(self.epsilon >= 0, "epsilon", "0 or more")
 
+    @property
+    def is_identity(self) -> bool:
+        return self.max_magnification == 1 and self.size is None and self.show == "refined"
+
     def edges(self, saliency: Saliency) -> Edges:
         """Knots of the warp that a map asks for."""
         sums = densities(np.asarray(self.mask(saliency)), self.transform, self.invert)

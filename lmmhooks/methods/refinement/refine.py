@@ -48,6 +48,10 @@ class Refine(MapOfAnother):
         """The method that makes the picture."""
         return look_again(self.id, "operator", self.operator)
 
+    @property
+    def is_identity(self) -> bool:
+        return self.show == "refined" and self.painter.is_identity
+
     def check(self, family: Any) -> None:
         super().check(family)
         self.painter.check(family)
