@@ -23,6 +23,7 @@ from PIL import Image as images
 from scipy import ndimage
 from torch import Tensor
 
+from lmmhooks.errors import MethodError
 from lmmhooks.methods.base import setting
 from lmmhooks.methods.refinement.base import NEUTRAL, SHORT_ANSWER, Look, LookAgain, layers_that_exist, neutral_prompt
 from lmmhooks.methods.refinement.operators import black
@@ -122,6 +123,13 @@ class Carve(LookAgain):
         self._require(self.regions in ("attention", "area", "outliers"), "regions", "'attention', 'area' or 'outliers'")
         self._require(self.outlier_percent >= 0, "outlier_percent", "0 or more")
         self._require(self.max_new_tokens >= 1, "max_new_tokens", "1 or more")
+
+    def check(self, family: Any) -> None:
+        if not self.layers(family):
+            raise MethodError(
+                f"carve: read_layers={self.read_layers} are none of the {family.num_layers} decoder layers of this model; "
+                "name some that it has (the paper's, 20 to 25 of 28 to 40, lie between half and nine tenths of depth)"
+            )
 
     def layers(self, family: Any) -> tuple[int, ...]:
         return layers_that_exist(self.read_layers, family)
