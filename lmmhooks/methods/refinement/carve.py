@@ -127,7 +127,7 @@ class Carve(LookAgain):
     def check(self, family: Any) -> None:
         if not self.layers(family):
             raise MethodError(
-                f"carve: read_layers={self.read_layers} are none of the {family.num_layers} decoder layers of this model; "
+                f"carve: read_layers={self.read_layers} are none of this model's {family.num_layers} decoder layers; "
                 "name some that it has (the paper's, 20 to 25 of 28 to 40, lie between half and nine tenths of depth)"
             )
 
