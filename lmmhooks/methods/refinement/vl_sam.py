@@ -14,7 +14,6 @@ four corner views, and merging masks of many objects; replies are greedy where t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -22,8 +21,8 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-from lmmhooks.errors import MethodError
 from lmmhooks.methods.base import setting
+from lmmhooks.methods.refinement import segmenting
 from lmmhooks.methods.refinement.base import Look, LookAgain
 from lmmhooks.methods.refinement.flow import REGULARISE, flow_rows, head_weights, weighted_mean
 from lmmhooks.methods.refinement.operators import cropped
@@ -60,7 +59,7 @@ def positive_region(grid: Tensor, above: float = 1.0) -> np.ndarray:
     labels, found = ndimage.label(values > above * values.mean())
     if not found:
         return np.arange(values.size).reshape(values.shape) == values.argmax()
-    return labels == np.bincount(labels.ravel())[1:].argmax() + 1  # type: ignore[no-any-return] # numpy
+    return labels == np.bincount(labels.ravel())[1:].argmax() + 1
 
 
 @dataclass(frozen=True)
@@ -137,25 +136,9 @@ def on_grid(mask: np.ndarray, shape: tuple[int, ...], box: Box) -> np.ndarray:
     return out
 
 
-@lru_cache(maxsize=1)
 def load_sam(path: str) -> Segmenter:
-    """
-    A SAM model from a folder or the hub, loaded once, on the CPU.
-
-    Raises
-    ------
-    MethodError
-        It cannot be loaded.
-    """
-    from transformers import SamModel, SamProcessor
-
-    try:
-        return Segmenter(SamModel.from_pretrained(path).eval(), SamProcessor.from_pretrained(path))
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise MethodError(
-            f"vl-sam: sam={path!r} cannot be loaded ({reason}); give the folder or hub id of a SAM model"
-        ) from None
+    """A SAM model, as `lmmhooks.methods.refinement.segmenting.load_sam` loads it."""
+    return Segmenter(*segmenting.load_sam(path))
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ can be answered. The answer is given from what was found.
 
 The examples that show the model how to name things are ours and about no benchmark; the released ones are made for the
 benchmark that they are used on. Multiple choice by the loss of options is left to the harness. Views of the four parts
-of a node are read one after the other.
+of a node are read one after the other. How many tiles each of two pictures is cut into is up to the model's processor;
+the authors cut the zoomed one alone, and LLaVA-OneVision's processor neither of them.
 """
 
 from __future__ import annotations
