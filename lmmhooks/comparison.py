@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +18,7 @@ from lmmhooks.engines.runtime import Runtime, find_runtime
 from lmmhooks.errors import MethodError
 from lmmhooks.methods.registry import resolve
 from lmmhooks.pages import data_uri, write_page
-from lmmhooks.patch import wrap
+from lmmhooks.patch import Patch, wrap
 from lmmhooks.prompting import build_inputs, open_image
 from lmmhooks.stats import Stats
 
@@ -51,7 +51,7 @@ class Run:
     text
         The answer, stripped.
     tokens
-        Its tokens with probabilities.
+        Its tokens with probabilities; none, like all attention, for an answer put together from several generations.
     visual_share
         Per decoder layer, attention mass of the last prompt row on visual tokens (mean over heads, 0 to 1).
     image_map
@@ -60,11 +60,14 @@ class Run:
     kept
         Same grid: whether the token reaches the last decoder layer.
     first_token_ms
-        Time from the call of ``generate`` to the first logits, image encoding included.
+        Time from the call of ``generate`` to the first logits, image encoding included; None for an answer put
+        together, which has no first token before it is there.
     total_ms
         Time of the whole call.
     stats
-        See `lmmhooks.stats.Stats`.
+        See `lmmhooks.stats.Stats`; of the last prompt of an answer put together, but with the FLOPs of all.
+    passes
+        Generations that the answer took.
     """
 
     name: str
@@ -73,9 +76,10 @@ class Run:
     visual_share: tuple[float, ...]
     image_map: tuple[tuple[float | None, ...], ...] | None
     kept: tuple[tuple[bool, ...], ...] | None
-    first_token_ms: float
+    first_token_ms: float | None
     total_ms: float
     stats: Stats
+    passes: int = 1
 
 
 @dataclass(frozen=True)
@@ -174,8 +178,11 @@ def compare(
     runs = []
     # The identity goes through every hook and changes nothing: the baseline's attention can be read like the others'.
     for name, variant in [(BASELINE, []), *((" + ".join(m.spec() for m in v), v) for v in variants)]:
-        with wrap(model, "attention-identity", *variant, processor=processor):
-            runs.append(_run(find_runtime(model), processor, inputs, name, settings))
+        with wrap(model, "attention-identity", *variant, processor=processor) as patch:
+            if patch.puts_answers_together:
+                runs.append(_put_together(patch, opened, prompt, name, settings))
+            else:
+                runs.append(_run(find_runtime(model), processor, inputs, name, settings))
     return Comparison(prompt, opened[0] if opened else None, tuple(runs))
 
 
@@ -212,6 +219,15 @@ def _run(runtime: Runtime | None, processor: Any, inputs: dict[str, Any], name: 
         total_ms=(end - ticks[0]) * 1000,
         stats=stats,
     )
+
+
+def _put_together(patch: Patch, images: Sequence[Any], prompt: str, name: str, settings: dict[str, Any]) -> Run:
+    start = time.perf_counter()
+    text = patch.answer(list(images) or None, prompt, **settings)
+    total = 1000 * (time.perf_counter() - start)
+    stats, cost = patch.stats, patch.answer_cost
+    stats = replace(stats, prefill_flops=cost.prefill_flops or stats.prefill_flops)
+    return Run(name, text, (), (), None, None, None, total, stats, cost.passes)
 
 
 class _LastRow:

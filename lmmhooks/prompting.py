@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 
 from lmmhooks.errors import PromptError
 
-__all__ = ["answer", "as_images", "build_batch", "build_inputs", "decode_new", "open_image"]
+__all__ = ["Prompter", "answer", "as_images", "build_inputs", "conversation", "decode_new", "open_image"]
 
 
 def open_image(source: Any) -> Image.Image:
@@ -43,6 +44,122 @@ def open_image(source: Any) -> Image.Image:
         raise PromptError(f"image {str(source)!r} cannot be decoded ({reason}); save it again as PNG or JPEG") from None
 
 
+@dataclass(frozen=True)
+class Prompter:
+    """
+    How questions become inputs of a model.
+
+    Attributes
+    ----------
+    processor
+        Of the model, with a chat template.
+    system
+        System message put before every question; None for none.
+    settings
+        Image processor settings that replace its own.
+    show
+        What is made of every image before the image processor sees it (RGB in, RGB out); None: nothing.
+    """
+
+    processor: Any
+    system: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    show: Callable[[Image.Image], Image.Image] | None = None
+
+    def render(self, num_images: int, question: str) -> str:
+        """
+        The prompt as the chat template writes it, up to where the answer begins.
+
+        Raises
+        ------
+        PromptError
+            No processor, no chat template, or an empty question.
+        """
+        if self.processor is None:
+            raise PromptError("no processor is known for this model; pass processor=... to wrap()")
+        if not question.strip():
+            raise PromptError("the prompt is empty; give a question")
+        if getattr(self.processor, "chat_template", None) is None:
+            raise PromptError(
+                f"{type(self.processor).__name__} has no chat template to write the prompt with; set "
+                "processor.chat_template, or build the inputs yourself and call model.generate"
+            )
+        messages = conversation(num_images, question, self.system)
+        text: str = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return text
+
+    def batch(self, prompts: Sequence[str], images: Sequence[Sequence[Any]]) -> Any:
+        """
+        The processor's tensors for rendered prompts, on the CPU, padded on the left.
+
+        Parameters
+        ----------
+        prompts
+            From `render`.
+        images
+            Of each prompt, in the order of their placeholders: PIL images or paths.
+
+        Raises
+        ------
+        PromptError
+            An image that cannot be read.
+        """
+        shown = [[self._shown(image) for image in row] for row in images]
+        extra = {"images": shown, "images_kwargs": dict(self.settings)} if any(shown) else {}
+        # A template that writes the start token itself must not get a second one; apply_chat_template decides the
+        # same way.
+        start = getattr(getattr(self.processor, "tokenizer", None), "bos_token", None)
+        writes_start = start is not None and prompts[0].startswith(start)
+        return self.processor(
+            text=list(prompts),
+            text_kwargs={"padding": True, "padding_side": "left", "add_special_tokens": not writes_start},
+            return_tensors="pt",
+            **extra,
+        )
+
+    def inputs(
+        self,
+        images: Sequence[Sequence[Any]],
+        questions: Sequence[str],
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> dict[str, Any]:
+        """
+        Model inputs for several questions.
+
+        Parameters
+        ----------
+        images
+            Those of each question; may be none.
+        questions
+            As plain text.
+        device
+            Where tensors go; None leaves them on the CPU.
+        dtype
+            Of floating-point tensors (pixels); None leaves them in float32.
+
+        Raises
+        ------
+        PromptError
+            As `render` and `batch`.
+        """
+        prompts = [self.render(len(shown), text) for shown, text in zip(images, questions, strict=True)]
+        return _placed(self.batch(prompts, images), device, dtype)
+
+    def _shown(self, image: Any) -> Image.Image:
+        opened = open_image(image)
+        return opened if self.show is None else self.show(opened)
+
+
+def conversation(num_images: int, question: str, system: str | None = None) -> list[dict[str, Any]]:
+    """Chat messages that ask one question about some images, as ``processor.apply_chat_template`` takes them."""
+    images = [{"type": "image"} for _ in range(num_images)]
+    user = {"role": "user", "content": [*images, {"type": "text", "text": question}]}
+    if system is None:
+        return [user]
+    return [{"role": "system", "content": [{"type": "text", "text": system}]}, user]
+
+
 def build_inputs(
     processor: Any, images: Sequence[Any], prompt: str, device: Any = None, dtype: torch.dtype | None = None
 ) -> dict[str, Any]:
@@ -57,73 +174,20 @@ def build_inputs(
         PIL images or paths, in the order in which they precede the question; may be empty.
     prompt
         The question.
-    device
-        Where tensors go; None leaves them on the CPU.
-    dtype
-        Of floating-point tensors (pixels); None leaves them in float32.
+    device, dtype
+        As for `Prompter.inputs`.
 
     Raises
     ------
     PromptError
         No processor, an empty prompt, or an image that cannot be read.
     """
-    opened, text = _rendered(processor, images, prompt)
-    inputs = processor(images=opened or None, text=[text], return_tensors="pt")
-    return _placed(inputs, device, dtype)
-
-
-def build_batch(
-    processor: Any,
-    images: Sequence[Sequence[Any]],
-    prompts: Sequence[str],
-    device: Any = None,
-    dtype: torch.dtype | None = None,
-) -> dict[str, Any]:
-    """
-    Model inputs for several questions, padded on the left.
-
-    Parameters
-    ----------
-    processor, device, dtype
-        As for `build_inputs`.
-    images
-        Those of each question.
-    prompts
-        The questions.
-
-    Raises
-    ------
-    PromptError
-        As `build_inputs`.
-    """
-    rows = [_rendered(processor, shown, prompt) for shown, prompt in zip(images, prompts, strict=True)]
-    shown = [opened for opened, _ in rows]
-    extra = {"images": shown} if any(shown) else {}
-    kwargs = {"padding": True, "padding_side": "left"}
-    inputs = processor(text=[text for _, text in rows], text_kwargs=kwargs, return_tensors="pt", **extra)
-    return _placed(inputs, device, dtype)
+    return Prompter(processor).inputs([images], [prompt], device, dtype)
 
 
 def as_images(image: Any) -> list[Any]:
     """What was given as image of a question, as a list: empty for None."""
     return [] if image is None else list(image) if isinstance(image, (list, tuple)) else [image]
-
-
-def _rendered(processor: Any, images: Sequence[Any], prompt: str) -> tuple[list[Image.Image], str]:
-    """Opened images, and the prompt as the chat template writes it."""
-    if processor is None:
-        raise PromptError("no processor is known for this model; pass processor=... to wrap()")
-    if not prompt.strip():
-        raise PromptError("the prompt is empty; give a question")
-    if getattr(processor, "chat_template", None) is None:
-        raise PromptError(
-            f"{type(processor).__name__} has no chat template to write the prompt with; set processor.chat_template, "
-            "or build the inputs yourself and call model.generate"
-        )
-    opened = [open_image(image) for image in images]
-    content = [{"type": "image"} for _ in opened] + [{"type": "text", "text": prompt}]
-    text: str = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    return opened, text
 
 
 def _placed(inputs: Any, device: Any, dtype: torch.dtype | None) -> dict[str, Any]:
@@ -140,11 +204,10 @@ def decode_new(processor: Any, sequences: torch.Tensor, prompt_length: int) -> l
     return [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
 
 
-def answer(model: nn.Module, processor: Any, image: Any, prompt: str, **generate_kwargs: Any) -> str:
+def answer(model: nn.Module, prompter: Prompter, image: Any, prompt: str, **generate_kwargs: Any) -> str:
     """Answer a question about an image (or several, or none); see `lmmhooks.patch.Patch.answer`."""
-    images = as_images(image)
     weight = next(model.parameters())
-    inputs = build_inputs(processor, images, prompt, weight.device, weight.dtype)
+    inputs = prompter.inputs([as_images(image)], [prompt], weight.device, weight.dtype)
     with torch.inference_mode():
         sequences = model.generate(**inputs, **generate_kwargs)  # type: ignore[operator] # GenerationMixin
-    return decode_new(processor, sequences, inputs["input_ids"].shape[1])[0]
+    return decode_new(prompter.processor, sequences, inputs["input_ids"].shape[1])[0]

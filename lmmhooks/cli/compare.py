@@ -63,11 +63,11 @@ def _print(comparison: Comparison) -> None:
                 run.name,
                 run.text or "(empty)",
                 "-" if sure is None else f"{sure:.3f}",
-                f"{sum(run.visual_share) / len(run.visual_share):.3f}",
+                f"{sum(run.visual_share) / len(run.visual_share):.3f}" if run.visual_share else "-",
                 f"{stats.average_visual:.1f}",
                 f"{stats.prefill_flops / base.prefill_flops:.3f}",
                 f"{stats.kv_bytes / MIB:.2f} MiB",
-                f"{run.first_token_ms:.0f} ms",
+                "-" if run.first_token_ms is None else f"{run.first_token_ms:.0f} ms",
                 f"{run.total_ms:.0f} ms",
             ]
         )
