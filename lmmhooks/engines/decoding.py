@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -382,8 +382,10 @@ class BranchEngine:
         steps = [max(grown - (num - 1 - i), 0) for i in range(num)]
         combined = []
         for i, step in enumerate(steps):
-            view = self.reader.view(i - num)
-            combined.append(self.method.combine(main[:, i], [other[:, i] for other in others], step, view))
+            view, said = self.reader.view(i - num), [other[:, i] for other in others]
+            if step == 0 and (hears := self.runtime.hears_first_scores) is not None:
+                hears(self.method.combine(main[:, i], said, step, replace(view, cuts=False)))
+            combined.append(self.method.combine(main[:, i], said, step, view))
         return torch.stack(combined, dim=1)
 
     def _combine_lazily(self, call: _Call, lazy: LazyBranches, main: Tensor, grown: int) -> Tensor:
