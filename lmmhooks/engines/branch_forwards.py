@@ -22,6 +22,7 @@ from lmmhooks.engines.branch_features import PromptAttention
 from lmmhooks.engines.branch_vision import BranchEncoder
 from lmmhooks.engines.branches import PromptStacker
 from lmmhooks.engines.lazy_branches import LazyBranches
+from lmmhooks.engines.memory import refuse_unfit
 from lmmhooks.engines.prefix_sharing import SharedPrompt, can_share
 from lmmhooks.engines.stacked_prompt import StackedPrompt
 from lmmhooks.engines.step_reading import StepReader
@@ -94,6 +95,7 @@ class BranchForwards:
         asked = method.asks_first(runtime.family) if branches else None
         self.asker = PromptAsker(runtime, method, *asked, encoder, self.run) if asked else None
         self.inside = False
+        self._apart = apart
         # Methods below act on what a forward reads, and one of branches would not read its prompt from the beginning.
         self._shares = (
             bool(branches)
@@ -117,6 +119,34 @@ class BranchForwards:
 
     def _empty(self) -> DynamicCache:
         return DynamicCache(config=self.family.text_config)
+
+    def check_memory(self, encoded: dict[str, Any], lazy: bool) -> None:
+        """
+        Refuse more rows than there is room for.
+
+        Parameters
+        ----------
+        encoded
+            Arguments of a forward that reads a prompt.
+        lazy
+            Branches keep to themselves.
+        """
+        if any(method.kind == "reduction" for method in self.runtime.methods()):
+            return  # how long prompts are when they enter the decoder is not known yet
+        cache = encoded.get("past_key_values")
+        batch, length = encoded["input_ids"].shape
+        # Branches with fewer tokens are filled up in a cache that they share with the main rows.
+        wide = sum(branch.same_tokens for branch in self.branches)
+        together = not self._apart and self.stacker.same_tokens
+        refuse_unfit(
+            self.family,
+            self.method.id,
+            batch,
+            length,
+            readings=1 + (wide if lazy else len(self.branches)),
+            readings_at_once=1 + wide if together else max(1, wide if self._apart else 0),
+            caches=self.caches(encoded) and not getattr(cache, "offloading", False),
+        )
 
     # -- what a forward of the caller becomes --------------------------------------------------------------------------
 

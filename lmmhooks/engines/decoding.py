@@ -143,6 +143,7 @@ class BranchEngine:
         """Arguments of the forward that reads the prompt."""
         encoded = self.stacker.encode(given)
         self.stacker.check(encoded)
+        self.forwards.check_memory(encoded, self.lazy)
         if self.prompt_reader.layers or self.attender.hides:
             refuse_drafts(self.method.id, call.logits_to_keep)
         if not self.forwards.caches(encoded):
