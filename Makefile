@@ -5,7 +5,7 @@ PYTEST_FLAGS ?=
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help env demo test lint types wheel-test support bench bench-attention bench-reduction bench-reduction-long results sweep \
+.PHONY: help env demo test lint types wheel-test support bench bench-attention bench-reduction bench-reduction-long bench-decoding results sweep \
   docs clean
 
 help:
@@ -96,6 +96,24 @@ bench-reduction-long: env ## the same at 2,880, 1,296 and 8,192 tokens (hours), 
 	for tokens in 1296 8192; do \
 	  $(REDUCE_ALL) --config qwen2.5-vl-7b-shape --visual-tokens $$tokens --vision-layers 4 \
 	  --out $(RESULTS)/reduction-qwen2.5-vl-7b-$$tokens.json || exit 1; done
+
+# Every decoding method against one branch, the naive loop of forwards and the least its branches have to read. Few layers:
+# what is paid once per token, in the language head and in the combination, weighs more than at full depth. OPERA's
+# answers are longer, for it judges the first ten tokens in another way. Random weights find nearly every token plausible:
+# ReVisiT, which reads visual tokens at plausible ones, gets a cut that leaves a thousand or so, and the last table, of
+# lazy branches, is of the bundled models, which are trained.
+DECODING_LAYERS ?= 4
+DECODING_ROUNDS ?= 3
+DECODING_METHODS ?= $(foreach id,vcd m3id vdd damro avisc mod sid only deco dola ritual causalmm,--method $(id)) \
+  --method "revisit(beta=0.05)" \
+  --method "icd(disturbance=(887, 526, 263, 9613, 1203, 1752, 29489))"
+DECODE = $(BIN)/lmmhooks bench --config llava-1.5-7b-shape --layers $(DECODING_LAYERS) --vision-layers 4 \
+  --repeat $(DECODING_ROUNDS) --dtype $(DTYPE) --no-disabled
+
+bench-decoding: env ## measure the tables of decoding methods (ten minutes on two idle cores), then run `make docs`
+	$(DECODE) --decode-tokens 8 $(DECODING_METHODS) --out $(RESULTS)/decoding-llava-1.5-7b.json
+	$(DECODE) --decode-tokens 16 --beams 5 --method opera --out $(RESULTS)/decoding-beams-llava-1.5-7b.json
+	$(BIN)/python scripts/measure_branches.py --out $(RESULTS)/decoding-lazy-tiny.json
 
 results: env ## run all attention methods on the bundled models again (about half an hour on two cores), then run `make docs`
 	for name in llava qwen; do \

@@ -76,6 +76,12 @@ def _ratio(spread: dict[str, float] | None) -> str:
     return "" if spread is None else f"{spread['median']:.3f} ({spread['low']:.3f} to {spread['high']:.3f})"
 
 
+def _without_empty(header: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
+    """Leave out columns in which no row says anything; the first one names the rows."""
+    used = [i for i in range(len(header)) if i == 0 or any(row[i] for row in rows)]
+    return [header[i] for i in used], [[row[i] for i in used] for row in rows]
+
+
 def _load(record: dict[str, Any]) -> list[str]:
     """Say how busy the machine was before; files without that figure are from a machine shared with other work."""
     load = record.get("load_average")
@@ -95,7 +101,7 @@ def bench(names: str = "") -> str:
         if record["disabled"]:
             off = record["disabled"]
             rows.append(["wrapped, disabled", *(_ratio(off.get(span)) for span in ("vision", "decoder", "decode"))])
-            rows[-1] += ["", "", "", ""]
+            rows[-1] += [""] * 5
         for variant in record["variants"]:
             ratios = variant["ratios"]
             extra = (variant["peak_bytes"] - variant["peak_bytes_plain"]) / MIB
@@ -105,18 +111,21 @@ def bench(names: str = "") -> str:
                     *(_ratio(ratios.get(span)) for span in ("vision", "decoder", "decode")),
                     f"{variant['flops_ratio']:.3f}",
                     _ratio(variant["over_limit"]),
-                    _ratio(variant["over_two_passes"]),
+                    _ratio(variant.get("over_suffixes")),
+                    # The second name is that of files from before methods of three branches were measured.
+                    _ratio(variant.get("over_naive", variant.get("over_two_passes"))),
                     f"{extra:+.1f} MiB",
                 ]
             )
         header = ["", "vision", "decoder prefill", "decode step", "decoder FLOPs (theory)"]
-        header += ["of native limit", "of two passes", "memory"]
+        header += ["of native limit", "of suffixes", "of naive loop", "memory"]
         setting = (
             f"**{environment['model']['name']}**",
             f"{record['decoder_layers']} decoder layers",
             f"{record['vision_layers']} vision layers",
             f"{record['visual_tokens']} visual + {record['text_tokens']} text tokens",
             f"batch {record['batch']}",
+            *([f"{beams} beams"] if (beams := record.get("beams", 1)) > 1 else []),
             environment["model"]["dtype"],
             record["attention"],
             f"{environment['device_name']} ({environment['threads']} threads)",
@@ -128,7 +137,7 @@ def bench(names: str = "") -> str:
         )
         parts.append(
             f"{', '.join(setting)}. [{path.name}](docs/benchmarks/{path.name}): "
-            f"`{shlex.join(environment['command'])}`\n\n" + table(header, rows)
+            f"`{shlex.join(environment['command'])}`\n\n" + table(*_without_empty(header, rows))
         )
     return "\n".join(parts)
 
@@ -152,6 +161,30 @@ def harness() -> str:
     return table(["what", "measured", "where", "result file"], rows) if rows else ""
 
 
+def branches() -> str:
+    """Write what decoding branches cost on captions of trained models, on every step and on those they can change."""
+    parts = []
+    for path, record in records("branches"):
+        environment = record["environment"]
+        rows = [
+            [
+                row["model"],
+                f"`{row['method']}`",
+                f"{row['steps_run'] / row['steps']:.1%} of {row['steps']}",
+                _ratio(row["eager"]),
+                _ratio(row["lazy"]),
+                f"{row['identical']} of {row['documents']}",
+            ]
+            for row in record["rows"]
+        ]
+        place = [f"{environment['device_name']} ({environment['threads']} threads)", *_load(record)]
+        versions = [f"{name} {environment['versions'][name]}" for name in ("torch", "transformers")]
+        setting = [environment["model"]["dtype"], record["attention"], *place, *versions, f"{record['repeat']} rounds"]
+        header = ["model", "method", "ambiguous steps", "every step", "lazy", "same captions"]
+        parts.append(f"{', '.join(setting)}. [{path.name}](docs/benchmarks/{path.name})\n\n" + table(header, rows))
+    return "\n".join(parts)
+
+
 def attention() -> str:
     """Write what every attention method does to answers, one section per model."""
     found = sorted(SCORES.glob("attention-*.json"))
@@ -171,6 +204,7 @@ SECTIONS = {
     "speed": speed,
     "harness": harness,
     "attention": attention,
+    "branches": branches,
     "reduction": reduction,
 }
 

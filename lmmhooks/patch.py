@@ -17,12 +17,15 @@ from lmmhooks.family import Family
 from lmmhooks.family import resolve as resolve_family
 from lmmhooks.methods.base import Method
 from lmmhooks.methods.registry import resolve as resolve_method
+from lmmhooks.prompting import Prompter, answer
 from lmmhooks.stats import Stats
 
 if TYPE_CHECKING:
     from types import TracebackType
 
     from typing_extensions import Self
+
+    from lmmhooks.engines.answering import AnswerCost
 
 __all__ = ["Patch", "unwrap", "wrap"]
 
@@ -100,7 +103,26 @@ class Patch:
             self._runtime.patches.remove(self)
             self._runtime.refresh()
 
-    def answer(self, image: Any, prompt: str, **generate_kwargs: Any) -> str:
+    @property
+    def puts_answers_together(self) -> bool:
+        """Whether a method makes one answer of several generations: then `answer` works, ``model.generate`` not."""
+        return self._runtime.answering is not None
+
+    @property
+    def answer_cost(self) -> AnswerCost:
+        """
+        What the newest call of :meth:`answer` took; see :class:`~lmmhooks.engines.answering.AnswerCost`.
+
+        Raises
+        ------
+        MethodError
+            If no method puts answers together: `stats` says what the newest prompt cost.
+        """
+        if (engine := self._runtime.answering) is None:
+            raise MethodError("no method of this model puts answers together; patch.stats says what a prompt cost")
+        return engine.cost
+
+    def answer(self, image: Any, prompt: str, *, prompter: Prompter | None = None, **generate_kwargs: Any) -> str:
         """
         Answer a question about an image; a method that asks several times for one answer acts here alone.
 
@@ -110,6 +132,8 @@ class Patch:
             A PIL image, a path, or a sequence of them; None for a prompt without image.
         prompt
             The question as plain text; the chat template of the processor is applied.
+        prompter
+            How questions are written and images shown: system message, image settings. None: as the processor does.
         **generate_kwargs
             Passed to ``model.generate``.
 
@@ -123,11 +147,10 @@ class Patch:
         PromptError
             Empty prompt, an image that cannot be read, or no processor known.
         """
-        from lmmhooks.prompting import answer
-
+        prompter = Prompter(self.processor) if prompter is None else prompter
         if (engine := self._runtime.answering) is not None:
-            return engine.answer(self.processor, image, prompt, **generate_kwargs)
-        return answer(self.model, self.processor, image, prompt, **generate_kwargs)
+            return engine.answer(prompter, image, prompt, **generate_kwargs)
+        return answer(self.model, prompter, image, prompt, **generate_kwargs)
 
     def __enter__(self) -> Self:
         return self

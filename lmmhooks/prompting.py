@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 
 from lmmhooks.errors import PromptError
 
-__all__ = ["answer", "as_images", "build_batch", "build_inputs", "decode_new", "open_image"]
+__all__ = ["Prompter", "answer", "as_images", "build_inputs", "conversation", "decode_new", "open_image"]
 
 
 def open_image(source: Any) -> Image.Image:
@@ -43,6 +44,173 @@ def open_image(source: Any) -> Image.Image:
         raise PromptError(f"image {str(source)!r} cannot be decoded ({reason}); save it again as PNG or JPEG") from None
 
 
+@dataclass(frozen=True)
+class Prompter:
+    """
+    How questions become inputs of a model.
+
+    Attributes
+    ----------
+    processor
+        Of the model, with a chat template.
+    system
+        System message put before every question; None for none.
+    settings
+        Image processor settings that replace its own.
+    show
+        What is made of every image before the image processor sees it (RGB in, RGB out); None: nothing.
+    """
+
+    processor: Any
+    system: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    show: Callable[[Image.Image], Image.Image] | None = None
+
+    def render(self, num_images: int, question: str | Sequence[str], turns: Sequence[tuple[str, str]] = ()) -> str:
+        """
+        The prompt as the chat template writes it, up to where the answer begins.
+
+        Parameters
+        ----------
+        num_images
+            Images that the question is about.
+        question
+            The question, behind all images; or several texts, one behind each image.
+        turns
+            What was said before: questions without image, and their replies.
+
+        Raises
+        ------
+        PromptError
+            No processor, no chat template, an empty question, or texts that do not go with the images.
+        """
+        texts = [question] if isinstance(question, str) else list(question)
+        if self.processor is None:
+            raise PromptError("no processor is known for this model; pass processor=... to wrap()")
+        if not "".join(texts).strip():
+            raise PromptError("the prompt is empty; give a question")
+        if getattr(self.processor, "chat_template", None) is None:
+            raise PromptError(
+                f"{type(self.processor).__name__} has no chat template to write the prompt with; set "
+                "processor.chat_template, or build the inputs yourself and call model.generate"
+            )
+        if len(texts) > 1 and len(texts) != num_images:
+            raise PromptError(f"{len(texts)} texts do not go with {num_images} images; give one text behind each image")
+        written = self._written(conversation(num_images, question, self.system, turns))
+        mark = getattr(self.processor, "image_token", None)
+        if len(texts) > 1 and mark is not None and written.find(texts[0].strip()) > written.rfind(mark):
+            # Templates like LLaVA's put all images first; its prompts with several mark their places in the text.
+            marked = "".join(f"{mark}\n{text}" for text in texts)
+            written = self._written(conversation(0, marked, self.system, turns))
+        return written
+
+    def _written(self, messages: list[dict[str, Any]]) -> str:
+        text: str = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return text
+
+    def batch(self, prompts: Sequence[str], images: Sequence[Sequence[Any]]) -> Any:
+        """
+        The processor's tensors for rendered prompts, on the CPU, padded on the left.
+
+        Parameters
+        ----------
+        prompts
+            From `render`.
+        images
+            Of each prompt, in the order of their placeholders: PIL images or paths.
+
+        Raises
+        ------
+        PromptError
+            An image that cannot be read.
+        """
+        shown = [[self.shown(image) for image in row] for row in images]
+        extra = {"images": shown, "images_kwargs": dict(self.settings)} if any(shown) else {}
+        # A template that writes the start token itself must not get a second one; apply_chat_template decides the
+        # same way.
+        start = getattr(getattr(self.processor, "tokenizer", None), "bos_token", None)
+        writes_start = start is not None and prompts[0].startswith(start)
+        return self.processor(
+            text=list(prompts),
+            text_kwargs={"padding": True, "padding_side": "left", "add_special_tokens": not writes_start},
+            return_tensors="pt",
+            **extra,
+        )
+
+    def inputs(
+        self,
+        images: Sequence[Sequence[Any]],
+        questions: Sequence[str | Sequence[str]],
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        turns: Sequence[tuple[str, str]] = (),
+    ) -> dict[str, Any]:
+        """
+        Model inputs for several questions.
+
+        Parameters
+        ----------
+        images
+            Those of each question; may be none.
+        questions
+            As plain text; or for each several texts, one behind each of its images.
+        device
+            Where tensors go; None leaves them on the CPU.
+        dtype
+            Of floating-point tensors (pixels); None leaves them in float32.
+        turns
+            What was said before each of them: questions without image, and their replies.
+
+        Raises
+        ------
+        PromptError
+            As `render` and `batch`.
+        """
+        prompts = [self.render(len(shown), text, turns) for shown, text in zip(images, questions, strict=True)]
+        return _placed(self.batch(prompts, images), device, dtype)
+
+    def shown(self, image: Any) -> Image.Image:
+        """An image (a PIL image or a path) as the image processor is given it, RGB."""
+        opened = open_image(image)
+        return opened if self.show is None else self.show(opened)
+
+
+def conversation(
+    num_images: int, question: str | Sequence[str], system: str | None = None, turns: Sequence[tuple[str, str]] = ()
+) -> list[dict[str, Any]]:
+    """
+    Chat messages that ask about some images, as ``processor.apply_chat_template`` takes them.
+
+    Parameters
+    ----------
+    num_images
+        Images; they stand before the question, or one before each of its texts.
+    question
+        A text, or as many as there are images.
+    system
+        A message put before everything.
+    turns
+        Questions without image that were asked before, and their replies.
+    """
+    messages: list[dict[str, Any]] = []
+    if system is not None:
+        messages.append({"role": "system", "content": [_text(system)]})
+    for asked, reply in turns:
+        messages.append({"role": "user", "content": [_text(asked)]})
+        messages.append({"role": "assistant", "content": [_text(reply)]})
+    image = {"type": "image"}
+    if isinstance(question, str):
+        content = [*([image] * num_images), _text(question)]
+    else:
+        content = [part for text in question for part in (image, _text(text))]
+    return [*messages, {"role": "user", "content": content}]
+
+
+def _text(text: str) -> dict[str, str]:
+    return {"type": "text", "text": text}
+
+
 def build_inputs(
     processor: Any,
     images: Sequence[Any],
@@ -63,101 +231,20 @@ def build_inputs(
         PIL images or paths, in the order in which they precede the question; may be empty.
     prompt
         The question; or several texts, one behind each image.
-    device
-        Where tensors go; None leaves them on the CPU.
-    dtype
-        Of floating-point tensors (pixels); None leaves them in float32.
-    turns
-        What was said before: questions without image, and their replies.
+    device, dtype, turns
+        As for `Prompter.inputs`.
 
     Raises
     ------
     PromptError
         No processor, an empty prompt, or an image that cannot be read.
     """
-    opened, text = _rendered(processor, images, prompt, turns)
-    inputs = processor(images=opened or None, text=[text], return_tensors="pt")
-    return _placed(inputs, device, dtype)
-
-
-def build_batch(
-    processor: Any,
-    images: Sequence[Sequence[Any]],
-    prompts: Sequence[str],
-    device: Any = None,
-    dtype: torch.dtype | None = None,
-) -> dict[str, Any]:
-    """
-    Model inputs for several questions, padded on the left.
-
-    Parameters
-    ----------
-    processor, device, dtype
-        As for `build_inputs`.
-    images
-        Those of each question.
-    prompts
-        The questions.
-
-    Raises
-    ------
-    PromptError
-        As `build_inputs`.
-    """
-    rows = [_rendered(processor, shown, prompt) for shown, prompt in zip(images, prompts, strict=True)]
-    shown = [opened for opened, _ in rows]
-    extra = {"images": shown} if any(shown) else {}
-    kwargs = {"padding": True, "padding_side": "left"}
-    inputs = processor(text=[text for _, text in rows], text_kwargs=kwargs, return_tensors="pt", **extra)
-    return _placed(inputs, device, dtype)
+    return Prompter(processor).inputs([images], [prompt], device, dtype, turns=turns)
 
 
 def as_images(image: Any) -> list[Any]:
     """What was given as image of a question, as a list: empty for None."""
     return [] if image is None else list(image) if isinstance(image, (list, tuple)) else [image]
-
-
-def _rendered(
-    processor: Any, images: Sequence[Any], prompt: str | Sequence[str], turns: Sequence[tuple[str, str]] = ()
-) -> tuple[list[Image.Image], str]:
-    """Opened images, and the prompt as the chat template writes it."""
-    texts = [prompt] if isinstance(prompt, str) else list(prompt)
-    if processor is None:
-        raise PromptError("no processor is known for this model; pass processor=... to wrap()")
-    if not "".join(texts).strip():
-        raise PromptError("the prompt is empty; give a question")
-    if getattr(processor, "chat_template", None) is None:
-        raise PromptError(
-            f"{type(processor).__name__} has no chat template to write the prompt with; set processor.chat_template, "
-            "or build the inputs yourself and call model.generate"
-        )
-    opened = [open_image(image) for image in images]
-    if len(texts) == 1:
-        return opened, _written(processor, turns, [{"type": "image"} for _ in opened] + [_text(texts[0])])
-    if len(texts) != len(opened):
-        raise PromptError(f"{len(texts)} texts do not go with {len(opened)} images; give one text behind each image")
-    mixed = [part for text in texts for part in ({"type": "image"}, _text(text))]
-    written = _written(processor, turns, mixed)
-    mark = getattr(processor, "image_token", None)
-    if mark is not None and written.find(texts[0].strip()) > written.rfind(mark):
-        # Templates like LLaVA's put all images first; its prompts with several mark their places in the text.
-        written = _written(processor, turns, [_text("".join(f"{mark}\n{text}" for text in texts))])
-    return opened, written
-
-
-def _text(text: str) -> dict[str, str]:
-    return {"type": "text", "text": text}
-
-
-def _written(processor: Any, turns: Sequence[tuple[str, str]], content: list[dict[str, str]]) -> str:
-    """A conversation as the chat template writes it, up to where the next reply begins."""
-    messages: list[dict[str, Any]] = []
-    for question, reply in turns:
-        messages.append({"role": "user", "content": [_text(question)]})
-        messages.append({"role": "assistant", "content": [_text(reply)]})
-    messages.append({"role": "user", "content": content})
-    text: str = processor.apply_chat_template(messages, add_generation_prompt=True)
-    return text
 
 
 def _placed(inputs: Any, device: Any, dtype: torch.dtype | None) -> dict[str, Any]:
@@ -174,11 +261,10 @@ def decode_new(processor: Any, sequences: torch.Tensor, prompt_length: int) -> l
     return [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
 
 
-def answer(model: nn.Module, processor: Any, image: Any, prompt: str, **generate_kwargs: Any) -> str:
+def answer(model: nn.Module, prompter: Prompter, image: Any, prompt: str, **generate_kwargs: Any) -> str:
     """Answer a question about an image (or several, or none); see `lmmhooks.patch.Patch.answer`."""
-    images = as_images(image)
     weight = next(model.parameters())
-    inputs = build_inputs(processor, images, prompt, weight.device, weight.dtype)
+    inputs = prompter.inputs([as_images(image)], [prompt], weight.device, weight.dtype)
     with torch.inference_mode():
         sequences = model.generate(**inputs, **generate_kwargs)  # type: ignore[operator] # GenerationMixin
-    return decode_new(processor, sequences, inputs["input_ids"].shape[1])[0]
+    return decode_new(prompter.processor, sequences, inputs["input_ids"].shape[1])[0]

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import (
     AutoModelForImageTextToText,
     CLIPVisionConfig,
+    GenerationMixin,
     InternVLConfig,
     InternVLVisionConfig,
     LlamaConfig,
@@ -450,6 +451,17 @@ def encode(model: Zoo, inputs: dict[str, Tensor]) -> list[VisionInputs]:
         with torch.no_grad():
             calls.append(VisionInputs(modality, kwargs, encoder(**kwargs, return_dict=True)))
     return calls
+
+
+def images_under_beams(model: Any, *counts: int) -> list[int]:
+    """
+    Images per row that beam search can be given, one instead of several where a version of transformers mixes them up.
+
+    Older ``generate`` repeats images one by one, [A, A, B, B] for a row with A and B, unless a family sees to it.
+    """
+    inherited = type(model)._expand_inputs_for_generation is GenerationMixin._expand_inputs_for_generation
+    in_order = not inherited or hasattr(GenerationMixin, "_expand_multimodal_outputs")
+    return list(counts) if in_order else [min(count, 1) for count in counts]
 
 
 @pytest.fixture(scope="session")

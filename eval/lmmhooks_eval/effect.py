@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lmmhooks import cost
 
-__all__ = ["Effect", "dense_effect", "patch_effect"]
+if TYPE_CHECKING:
+    from lmmhooks.engines.answering import AnswerCost
+
+__all__ = ["Effect", "answers_effect", "dense_effect", "patch_effect", "plausibility_cut"]
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,8 @@ class Effect:
     batch
         Figures of the whole batch, as they are stored: ``batch_prefill_flops`` (decoder, theory, branches included);
         without a patch ``batch_vision_flops`` (tower, theory, None where it is not covered); under a patch
-        ``batch_branches``, ``batch_branch_steps`` and ``batch_moved`` (attention mass moved, per layer).
+        ``batch_branches``, ``batch_branch_steps``, ``batch_cut`` (see `plausibility_cut`) and ``batch_moved``
+        (attention mass moved, per layer).
     """
 
     visual_kept: list[list[int]]
@@ -91,6 +95,26 @@ def patch_effect(patch: Any) -> Effect:
             "batch_prefill_flops": stats.prefill_flops,
             "batch_branches": stats.branches,
             "batch_branch_steps": stats.branch_steps,
+            "batch_cut": plausibility_cut(patch.methods),
             "batch_moved": [layer.moved for layer in stats.layers],
         },
     )
+
+
+def plausibility_cut(methods: Sequence[Any]) -> float | None:
+    """``beta`` of the decoding method among some methods; None without one, or if its cut is of another kind."""
+    from lmmhooks.methods.decoding.base import DecodingMethod
+    from lmmhooks.methods.decoding.controls import ControlOf
+
+    for method in methods:
+        inner = method.method if isinstance(method, ControlOf) else method
+        if isinstance(inner, DecodingMethod) and type(inner).keep is DecodingMethod.keep:
+            return inner.beta or None
+    return None
+
+
+def answers_effect(costs: Sequence[AnswerCost]) -> Effect:
+    """The effect on answers put together from several generations: visual tokens and FLOPs of all of them."""
+    known = [each.prefill_flops for each in costs if each.prefill_flops is not None]
+    flops = sum(known) if len(known) == len(costs) else None
+    return Effect([each.visual_kept for each in costs], {"batch_prefill_flops": flops})

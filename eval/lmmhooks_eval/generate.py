@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import StoppingCriteriaList
 
+from lmmhooks.engines.watching import watched_scores
 from lmmhooks.errors import closest
-from lmmhooks_eval.accounting import MemoryMeter, TokenClock, kv_cache_bytes, synchronizer
+from lmmhooks.metering import TokenClock, kv_cache_bytes, synchronizer
+from lmmhooks.prompting import Prompter
+from lmmhooks_eval.accounting import MemoryMeter
 from lmmhooks_eval.errors import RecipeError
+from lmmhooks_eval.evidence import Evidence, word_tokens
+from lmmhooks_eval.task import AnswerWords
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from lmmhooks.engines.answering import AnswerCost
 
 __all__ = ["Answer", "BatchCost", "Generator", "padded_to_square"]
 
@@ -30,18 +38,28 @@ class Answer:
     text
         Decoded, special tokens removed, stripped.
     tokens
-        Generated ids up to and including the end token.
+        Generated ids up to and including the end token; None for an answer put together from several generations.
+    new_tokens
+        How many were generated for it.
     stop_reason
-        ``"eos"`` or ``"length"``.
+        ``"eos"`` or ``"length"``; ``"assembled"`` for an answer put together.
     prompt_tokens, visual_tokens
-        Unpadded prompt length, and how many of its tokens are visual.
+        Unpadded prompt length, and how many of its tokens are visual; all prompts of an answer put together.
+    cost
+        Of an answer put together; None for any other.
+    margin, gaps
+        See `lmmhooks_eval.evidence`; None where they are not known.
     """
 
     text: str
-    tokens: tuple[int, ...]
+    tokens: tuple[int, ...] | None
+    new_tokens: int
     stop_reason: str
     prompt_tokens: int
     visual_tokens: int
+    cost: AnswerCost | None = None
+    margin: float | None = None
+    gaps: list[float] | None = None
 
 
 @dataclass(frozen=True)
@@ -52,9 +70,10 @@ class BatchCost:
     Parameters
     ----------
     size, steps
-        Rows, and tokens generated for the longest of them.
+        Rows, and tokens generated for the longest of them; one more than there were decode steps.
     preprocess_ms, prefill_ms, decode_ms
-        Processor and transfer; first token; the others (None if there was one).
+        Processor and transfer; first token; the others (None if there was one). Added up over all generations where
+        answers are put together from several.
     memory_mib
         See `MemoryMeter`.
     kv_bytes
@@ -82,6 +101,8 @@ class Generator:
         Image processor settings that replace its own.
     pad_to_square
         Pad every image to a square before the image processor sees it, see `padded_to_square`.
+    system
+        System message put before questions that are rendered here; prompts come with theirs.
 
     Raises
     ------
@@ -90,12 +111,20 @@ class Generator:
     """
 
     def __init__(
-        self, model: Any, processor: Any, settings: Mapping[str, Any] | None = None, *, pad_to_square: bool = False
+        self,
+        model: Any,
+        processor: Any,
+        settings: Mapping[str, Any] | None = None,
+        *,
+        pad_to_square: bool = False,
+        system: str | None = None,
     ) -> None:
         self.model = model
         self.processor = processor
         self.settings = dict(settings or {})
-        self._padding = _mean_colour(processor.image_processor) if pad_to_square else None
+        colour = _mean_colour(processor.image_processor) if pad_to_square else None
+        show = None if colour is None else partial(padded_to_square, colour=colour)
+        self.prompter = Prompter(processor, system, self.settings, show)
         known = getattr(getattr(processor.image_processor, "valid_kwargs", None), "__annotations__", None)
         for key in self.settings:
             if known is not None and key not in known:
@@ -103,13 +132,19 @@ class Generator:
                     f"the image processor of this model has no setting {key!r}{closest(key, known)}; "
                     f"it has {', '.join(sorted(known))}"
                 )
+        self._words: dict[tuple[str, str], tuple[list[int], list[int]]] = {}
         self._eos = _as_set(model.generation_config.eos_token_id)
         pad = model.generation_config.pad_token_id
         self._pad = processor.tokenizer.pad_token_id if pad is None else pad
         self._image_token = getattr(model.config, "image_token_id", None)
 
     def ask(
-        self, prompts: Sequence[str], images: Sequence[Sequence[Any]], generation: Mapping[str, Any], seed: int
+        self,
+        prompts: Sequence[str],
+        images: Sequence[Sequence[Any]],
+        generation: Mapping[str, Any],
+        seed: int,
+        words: AnswerWords | None = None,
     ) -> tuple[list[Answer], BatchCost]:
         """
         Answer one batch.
@@ -125,21 +160,25 @@ class Generator:
         seed
             For whatever is random in sampling or in a method; the state of the global generators is put back
             afterwards.
+        words
+            The words between which the first token decides, for answers' `Answer.margin`.
         """
         device = self.model.device
         started = time.perf_counter()
         inputs = self.inputs(prompts, images)
+        evidence = Evidence(len(prompts), None if words is None else self._tokens_of(words))
         synchronizer(device)()
         preprocess_ms = 1000 * (time.perf_counter() - started)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
             memory, clock = MemoryMeter(device), TokenClock(device)
-            output = self.model.generate(
-                **inputs,
-                **self._arguments(generation),
-                stopping_criteria=StoppingCriteriaList([clock]),
-                return_dict_in_generate=True,
-            )
+            with watched_scores(self.model, evidence):
+                output = self.model.generate(
+                    **inputs,
+                    **self._arguments(generation),
+                    stopping_criteria=StoppingCriteriaList([clock]),
+                    return_dict_in_generate=True,
+                )
             clock.finish()
         cost = BatchCost(
             size=len(prompts),
@@ -150,7 +189,57 @@ class Generator:
             memory_mib=memory.mib(),
             kv_bytes=kv_cache_bytes(getattr(output, "past_key_values", None)),
         )
-        return self._read(inputs, output.sequences), cost
+        answers = self._read(inputs, output.sequences)
+        gaps = evidence.gaps([answer.new_tokens for answer in answers])
+        noted = zip(answers, evidence.margins(), gaps, strict=True)
+        return [replace(answer, margin=margin, gaps=steps) for answer, margin, steps in noted], cost
+
+    def put_together(
+        self,
+        patch: Any,
+        questions: Sequence[str],
+        images: Sequence[Sequence[Any]],
+        generation: Mapping[str, Any],
+        seeds: Sequence[int],
+    ) -> tuple[list[Answer], BatchCost]:
+        """
+        Answer a batch, one document after the other, by a patch that makes one answer of several generations.
+
+        Parameters
+        ----------
+        patch
+            An active `lmmhooks.Patch`.
+        questions
+            As plain text: what is asked in the end is the method's to render, with the same system message, template
+            and image settings as every other prompt.
+        images, generation
+            As in `ask`.
+        seeds
+            One per document.
+        """
+        device, answers = self.model.device, []
+        memory = MemoryMeter(device)
+        for question, shown, seed in zip(questions, images, seeds, strict=True):
+            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+                torch.manual_seed(seed)
+                text = patch.answer(
+                    list(shown) or None, question, prompter=self.prompter, **self._arguments(generation)
+                )
+            cost = patch.answer_cost
+            counted = (cost.new_tokens, "assembled", cost.prompt_tokens, cost.visual_tokens)
+            answers.append(Answer(text, None, *counted, cost))
+        costs = [answer.cost for answer in answers if answer.cost is not None]
+        decode_steps = sum(cost.steps - cost.passes for cost in costs)
+        held = [cost.kv_bytes for cost in costs if cost.kv_bytes is not None]
+        return answers, BatchCost(
+            size=len(questions),
+            steps=1 + decode_steps,
+            preprocess_ms=sum(cost.preprocess_ms for cost in costs),
+            prefill_ms=sum(cost.prefill_ms for cost in costs),
+            decode_ms=sum(cost.decode_ms for cost in costs) if decode_steps else None,
+            memory_mib=memory.mib(),
+            kv_bytes=[sum(layer) for layer in zip(*held, strict=True)] or None,
+        )
 
     def first_tokens(self, inputs: Any) -> list[str]:
         """The most likely first token of every answer as text; ``inputs`` as `inputs` returns them."""
@@ -177,23 +266,13 @@ class Generator:
 
     def inputs(self, prompts: Sequence[str], images: Sequence[Sequence[Any]]) -> Any:
         """The processor's tensors of a batch on the model's device, padded on the left."""
-        tokenizer = self.processor.tokenizer
-        # A template that writes the start token itself must not get a second one; apply_chat_template decides the
-        # same way.
-        writes_bos = tokenizer.bos_token is not None and prompts[0].startswith(tokenizer.bos_token)
-        shown = [[self._shown(image) for image in row] for row in images]
-        extra = {"images": shown, "images_kwargs": self.settings} if any(shown) else {}
-        inputs = self.processor(
-            text=list(prompts),
-            text_kwargs={"padding": True, "padding_side": "left", "add_special_tokens": not writes_bos},
-            return_tensors="pt",
-            **extra,
-        )
-        return inputs.to(self.model.device, dtype=self.model.dtype)
+        return self.prompter.batch(prompts, images).to(self.model.device, dtype=self.model.dtype)
 
-    def _shown(self, image: Any) -> Any:
-        image = image.convert("RGB")
-        return image if self._padding is None else padded_to_square(image, self._padding)
+    def _tokens_of(self, words: AnswerWords) -> tuple[list[int], list[int]]:
+        key = words.positive, words.negative
+        if key not in self._words:
+            self._words[key] = word_tokens(self.processor.tokenizer, words)
+        return self._words[key]
 
     def _arguments(self, generation: Mapping[str, Any]) -> dict[str, Any]:
         arguments = {"pad_token_id": self._pad, **generation}
@@ -214,6 +293,7 @@ class Generator:
                 Answer(
                     text=self.processor.tokenizer.decode(tokens, skip_special_tokens=True).strip(),
                     tokens=tuple(tokens),
+                    new_tokens=len(tokens),
                     stop_reason="length" if end is None else "eos",
                     prompt_tokens=int(mask[row].sum()),
                     visual_tokens=visual,

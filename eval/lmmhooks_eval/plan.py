@@ -23,6 +23,8 @@ class Item:
     ----------
     doc, doc_id, cluster
         The document, its id and what it shares with others.
+    question
+        What is asked, as plain text.
     prompt
         The rendered prompt, template included.
     image
@@ -36,6 +38,7 @@ class Item:
     doc: Doc
     doc_id: str
     cluster: str
+    question: str = ""
     prompt: str = ""
     image: str = ""
     sizes: tuple[tuple[int, int], ...] = ()
@@ -110,6 +113,7 @@ def prepare(task: Task, doc: Doc, processor: Any, prompt: str | None = None, sys
         images = task.images(doc)
         for image in images:
             image.load()
+        question = task.question(doc, prompt)
         messages = task.messages(doc, prompt, system)
         text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     except (OSError, SyntaxError, TaskError, KeyError) as error:
@@ -117,7 +121,7 @@ def prepare(task: Task, doc: Doc, processor: Any, prompt: str | None = None, sys
         reason = f"the prompt needs the field {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
         return Item(doc, doc_id, cluster, error=f"document {doc_id!r} of {task.name} cannot be asked: {reason}")
     sizes = tuple((image.width, image.height) for image in images)
-    return Item(doc, doc_id, cluster, prompt=text, image=image_digest(images), sizes=sizes)
+    return Item(doc, doc_id, cluster, question, text, image_digest(images), sizes)
 
 
 def batches(items: Sequence[Item], batch_size: int) -> list[list[Item]]:

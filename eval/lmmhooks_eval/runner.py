@@ -19,7 +19,7 @@ import torch
 
 from lmmhooks.errors import PromptError
 from lmmhooks_eval import environment
-from lmmhooks_eval.effect import dense_effect, patch_effect
+from lmmhooks_eval.effect import Effect, answers_effect, dense_effect, patch_effect
 from lmmhooks_eval.generate import Answer, BatchCost, Generator
 from lmmhooks_eval.identity import ModelIdentity, answer_key, item_seed
 from lmmhooks_eval.loading import load_model
@@ -120,7 +120,9 @@ class Runner:
         self.processor = processor
         self.folder = folder
         self.progress = progress
-        self.generator = Generator(model, processor, recipe.processor, pad_to_square=recipe.pad_to_square)
+        self.generator = Generator(
+            model, processor, recipe.processor, pad_to_square=recipe.pad_to_square, system=recipe.system
+        )
         self.identity = ModelIdentity.of(
             recipe.model,
             model,
@@ -189,7 +191,7 @@ class Runner:
         groups = batches(chosen, self.recipe.batch_size)
 
         def ask() -> list[tuple[int, ...]]:
-            return [answer.tokens for group in groups for answer in self._ask(task, group, greedy)[0]]
+            return [answer.tokens or () for group in groups for answer in self._ask(task, group, greedy)[0]]
 
         order = [item.doc_id for group in groups for item in group]
         return self_test(ask, self._wrap, [methods for methods in self.methods.values() if methods], order)
@@ -205,7 +207,7 @@ class Runner:
                 keys = {item.doc_id: self._key(each, item) for item in batch}
                 missing = [item for item in batch if keys[item.doc_id] not in self.folder.answered]
                 records = []
-                for part in self._fitting(each, missing):
+                for part in self._fitting(each, missing, patch):
                     records += self._records(each, part, keys, index, patch)
                 self.folder.append(records)
                 for record in records:
@@ -214,12 +216,12 @@ class Runner:
                 self.progress.advance(len(batch), tally.text())
         self.progress.leave(each.task.name, each.variant, tally.text())
 
-    def _fitting(self, each: Pass, items: Sequence[Item]) -> Iterator[_Part]:
+    def _fitting(self, each: Pass, items: Sequence[Item], patch: Any) -> Iterator[_Part]:
         """Ask the items together; where that fails for lack of memory or for one bad prompt, in halves."""
         if not items:
             return
         try:
-            answers, cost = self._ask(each.task, items, each.generation)
+            answers, cost = self._ask(each.task, items, each.generation, patch)
         except (RuntimeError, PromptError) as error:
             failure = self._judged(error, len(items))
         else:
@@ -233,7 +235,7 @@ class Runner:
             return
         half = (len(items) + 1) // 2
         for part in (items[:half], items[half:]):
-            yield from self._fitting(each, part)
+            yield from self._fitting(each, part, patch)
 
     def _judged(self, error: Exception, size: int) -> str:
         """One line for a failure that smaller batches may cure; anything else goes up."""
@@ -248,10 +250,16 @@ class Runner:
             self.progress.note(note)
         return f"out of memory with a batch of one: {line[:200]}"
 
-    def _ask(self, task: Task, items: Sequence[Item], generation: Mapping[str, Any]) -> tuple[list[Answer], BatchCost]:
+    def _ask(
+        self, task: Task, items: Sequence[Item], generation: Mapping[str, Any], patch: Any = None
+    ) -> tuple[list[Answer], BatchCost]:
         images = [task.images(item.doc) for item in items]
-        seed = item_seed(self.recipe.seed, items[0].doc_id)
-        return self.generator.ask([item.prompt for item in items], images, generation, seed)
+        seeds = [item_seed(self.recipe.seed, item.doc_id) for item in items]
+        if patch is not None and patch.puts_answers_together:
+            questions = [item.question for item in items]
+            return self.generator.put_together(patch, questions, images, generation, seeds)
+        prompts = [item.prompt for item in items]
+        return self.generator.ask(prompts, images, generation, seeds[0], task.answer_words)
 
     # -- records -------------------------------------------------------------------------------------------------------
 
@@ -273,8 +281,7 @@ class Runner:
             item = part.items[0]
             return [self._failed(each.task, each.variant, item, keys[item.doc_id], part.error or "no answer")]
         shared = {"batch": index, **{f"batch_{name}": _short(value) for name, value in asdict(part.cost).items()}}
-        rows = [(answer.prompt_tokens, answer.visual_tokens) for answer in part.answers]
-        effect = patch_effect(patch) if each.methods else dense_effect(self.model.config, rows)
+        effect = self._effect(each, part, patch)
         shared |= effect.batch
         records = []
         for row, (item, answer) in enumerate(zip(part.items, part.answers, strict=True)):
@@ -288,13 +295,21 @@ class Runner:
                     "score": dict(each.task.score(parsed.value, item.doc)),
                     "prompt_tokens": answer.prompt_tokens,
                     "visual_tokens": answer.visual_tokens,
-                    "new_tokens": len(answer.tokens),
+                    "new_tokens": answer.new_tokens,
                     "stop_reason": answer.stop_reason,
+                    **_told(answer, each.methods),
                     "visual_kept": effect.visual_kept[row],
                     **shared,
                 }
             )
         return records
+
+    def _effect(self, each: Pass, part: _Part, patch: Any) -> Effect:
+        if not each.methods:
+            rows = [(answer.prompt_tokens, answer.visual_tokens) for answer in part.answers]
+            return dense_effect(self.model.config, rows)
+        costs = [answer.cost for answer in part.answers if answer.cost is not None]
+        return answers_effect(costs) if costs else patch_effect(patch)
 
     def _record_unaskable(self, plan: TaskPlan, task: Task, items: Sequence[Item]) -> None:
         for item in items:
@@ -351,6 +366,21 @@ def _head(task: Task, variant: str, item: Item, key: str) -> Record:
         "prompt": item.prompt,
         "image": item.image,
     }
+
+
+def _told(answer: Answer, methods: tuple[Method, ...]) -> Record:
+    """What is known of some answers only: their tokens, how sure the model was, or how many generations they took."""
+    told: Record = {}
+    if answer.cost is not None:
+        told["passes"] = answer.cost.passes
+    if answer.tokens is not None:
+        told["tokens"] = list(answer.tokens)
+    if answer.margin is not None:
+        told["margin"] = answer.margin
+    if answer.gaps is not None and not methods:
+        # Of the model as it is: under a method the scores are no longer those that a cut is applied to.
+        told["gaps"] = answer.gaps
+    return told
 
 
 def _short(value: Any) -> Any:

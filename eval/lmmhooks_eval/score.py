@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lmmhooks_eval import stats
+from lmmhooks_eval.answers import Scored, scored_answers
+from lmmhooks_eval.bias import AUC, TUNED_OFFSET, auc_estimates, offset_answers
 from lmmhooks_eval.costs import summarise
 from lmmhooks_eval.paper import check_figures, comparison
 from lmmhooks_eval.recipe import BASELINE, Recipe, StatisticsSettings, TaskPlan
 from lmmhooks_eval.recipes import build
+from lmmhooks_eval.steps import USUAL_CUT, divergence, one_token_share, step_figures
 from lmmhooks_eval.store import METRICS, Record, read_config, read_samples, write_atomically
 from lmmhooks_eval.task import Metric, Task
 from lmmhooks_eval.tasks import open_task
@@ -48,36 +50,6 @@ class Tally:
         return f"{metric.name} {float(figures[metric.name]) * (100 if metric.unit == 'share' else 1):.1f}"
 
 
-@dataclass(frozen=True)
-class Scored:
-    """An answer read again: its line, what the parser made of it, and its statistics."""
-
-    record: Record
-    value: Any
-    clean: bool
-    score: Mapping[str, float]
-
-
-def scored_answers(records: Sequence[Record], plan: TaskPlan, task: Task) -> dict[str, dict[str, Scored]]:
-    """
-    ``{variant: {document id: Scored}}`` of one task; documents that failed are left out.
-
-    Of several lines about a document the last counts: a failed document that was tried again has two.
-    """
-    latest: dict[tuple[str, str], Record] = {}
-    for record in records:
-        if record["task"] == task.name:
-            latest[record["variant"], record["doc_id"]] = record
-    result: dict[str, dict[str, Scored]] = {}
-    for (variant, doc_id), record in latest.items():
-        answers = result.setdefault(variant, {})
-        if "error" not in record:
-            parsed = task.parse(record["text"], record["doc"], plan.parser)
-            score = task.score(parsed.value, record["doc"])
-            answers[doc_id] = Scored(record, parsed.value, parsed.clean, score)
-    return result
-
-
 def compare(
     task: Task, baseline: Mapping[str, Scored], patched: Mapping[str, Scored], settings: StatisticsSettings
 ) -> dict[str, Any]:
@@ -88,7 +60,7 @@ def compare(
     -------
     dict
         ``n``, ``clusters``, ``unpaired`` (documents only one of them has), ``metrics``, ``test``, ``flips`` with lists
-        of document ids.
+        of document ids, ``divergence`` (see `lmmhooks_eval.steps.divergence`).
     """
     shared = [doc_id for doc_id in baseline if doc_id in patched]
     a, b = [baseline[doc_id] for doc_id in shared], [patched[doc_id] for doc_id in shared]
@@ -97,7 +69,7 @@ def compare(
         return result | {"metrics": {}}
     clusters = [answer.record["cluster"] for answer in a]
     result["clusters"] = len(set(clusters))
-    result["metrics"] = _estimates(task, a, b, settings)
+    result["metrics"] = _estimates(task, a, b, settings) | auc_estimates(task, a, b, settings)
     before, after = _outcomes(task, a), _outcomes(task, b)
     name, p = stats.paired_test(before, after, settings.mid_p)
     difference = after - before
@@ -123,6 +95,7 @@ def compare(
         }
         result["detectable_change"] = stats.detectable_change(flips.total, flips.discordant)
     result["changed_texts"] = sum(changed)
+    result["divergence"] = divergence([answer.record for answer in a], [answer.record for answer in b])
     return result
 
 
@@ -199,8 +172,10 @@ def _score_task(
         unparsed = sum(not scored.clean for scored in own.values())
         lost = {doc_id: why for (name, doc_id), why in failed.items() if name == variant and doc_id not in own}
         figures = compare(task, baseline, own, recipe.statistics)
-        costs = summarise([scored.record for scored in own.values()], reference)
-        result["variants"][variant] = {"failed": len(lost), "unparsed": unparsed, **figures, "cost": costs}
+        lines = [scored.record for scored in own.values()]
+        costs, steps = summarise(lines, reference), step_figures(reference, lines)
+        told = {"failed": len(lost), "unparsed": unparsed, **figures, "steps": steps, "cost": costs}
+        result["variants"][variant] = told
         place = f"{task.name}, {variant}"
         if not own:
             problems.append(f"{place}: no answers")
@@ -211,7 +186,27 @@ def _score_task(
             problems.append(f"{place}: {unparsed} of {len(own)} answers could not be parsed")
         if figures["unpaired"]:
             problems.append(f"{place}: {figures['unpaired']} documents are not answered by both baseline and variant")
+    result["steps"] = {"cut": USUAL_CUT, "one_token": one_token_share(reference, USUAL_CUT)}
+    _add_bias(result, recipe, plan, task, baseline)
     return result
+
+
+def _add_bias(
+    result: dict[str, Any], recipe: Recipe, plan: TaskPlan, task: Task, baseline: Mapping[str, Scored]
+) -> None:
+    """The areas under the curve among the metrics, and the control that needs no run: the best fixed offset."""
+    found = dict.fromkeys(name for figures in result["variants"].values() for name in figures["metrics"])
+    areas = [name for name in found if name.rpartition("/")[2] == AUC]
+    result["metrics"] |= {name: {"better": "higher", "unit": "share"} for name in areas}
+    result["controls"] = {}
+    tuned = offset_answers(task, baseline, recipe.statistics.seed, plan.parser)
+    if tuned is not None:
+        answers, offsets = tuned
+        figures = compare(task, baseline, answers, recipe.statistics)
+        for name in areas:  # moving the line between the answers ranks nothing anew
+            figures["metrics"].pop(name)
+        figures.pop("divergence")
+        result["controls"][TUNED_OFFSET] = {"offsets": offsets, "failed": 0, "unparsed": 0, **figures}
 
 
 def _estimates(task: Task, a: Sequence[Scored], b: Sequence[Scored], settings: StatisticsSettings) -> dict[str, Any]:
@@ -271,7 +266,7 @@ def _correct(tasks: Mapping[str, Any]) -> int:
     tests = [
         figures["test"]
         for task in tasks.values()
-        for variant, figures in task["variants"].items()
+        for variant, figures in {**task["variants"], **task["controls"]}.items()
         if variant != BASELINE and "test" in figures
     ]
     for test, adjusted in zip(tests, stats.holm([test["p"] for test in tests]), strict=True):

@@ -24,6 +24,7 @@ __all__ = [
     "items_needed",
     "mcnemar",
     "paired_bootstrap",
+    "paired_resampling",
     "paired_test",
     "wilson",
 ]
@@ -239,14 +240,43 @@ def paired_bootstrap(
     """
     if baseline.shape != patched.shape or not len(baseline):
         raise ValueError(f"paired statistics need equal, non-empty shapes, got {baseline.shape} and {patched.shape}")
-    clusters = len(baseline)
+    return paired_resampling(
+        len(baseline),
+        lambda weights: aggregate((weights @ baseline).T),
+        lambda weights: aggregate((weights @ patched).T),
+        draws,
+        confidence,
+        seed,
+    )
+
+
+Figures = Callable[[np.ndarray], Mapping[str, np.ndarray]]
+
+
+def paired_resampling(
+    clusters: int, before: Figures, after: Figures, draws: int = 10_000, confidence: float = 0.95, seed: int = 0
+) -> dict[str, Estimate]:
+    """
+    As `paired_bootstrap`, for figures that are no function of sums over clusters, such as an area under a curve.
+
+    Parameters
+    ----------
+    clusters
+        Number of clusters, at least 1.
+    before, after
+        ``figures(weights [n, clusters]) -> {metric: [n]}``: how often each cluster counts in each of n resamples to the
+        figures of those resamples, of the baseline and of the patched model.
+    draws, confidence, seed
+        As in `paired_bootstrap`.
+    """
     generator = np.random.default_rng(seed)
     drawn: list[tuple[Mapping[str, np.ndarray], Mapping[str, np.ndarray]]] = []
     for start in range(0, draws, _DRAWS_AT_ONCE):
         size = min(_DRAWS_AT_ONCE, draws - start)
         weights = generator.multinomial(clusters, np.full(clusters, 1 / clusters), size=size).astype(float)
-        drawn.append((aggregate((weights @ baseline).T), aggregate((weights @ patched).T)))
-    point_a, point_b = aggregate(baseline.sum(axis=0)), aggregate(patched.sum(axis=0))
+        drawn.append((before(weights), after(weights)))
+    once = np.ones((1, clusters))
+    point_a, point_b = before(once), after(once)
     tails = [(1 - confidence) / 2, (1 + confidence) / 2]
 
     def interval(values: np.ndarray) -> tuple[float, float]:
@@ -257,13 +287,14 @@ def paired_bootstrap(
     for name in point_a:
         a = np.concatenate([pair[0][name] for pair in drawn])
         b = np.concatenate([pair[1][name] for pair in drawn])
+        value, baseline = float(point_b[name][0]), float(point_a[name][0])
         beyond = 1 + min(int((b - a <= 0).sum()), int((b - a >= 0).sum()))
         result[name] = Estimate(
-            value=float(point_b[name]),
+            value=value,
             interval=interval(b),
-            baseline=float(point_a[name]),
+            baseline=baseline,
             baseline_interval=interval(a),
-            difference=float(point_b[name] - point_a[name]),
+            difference=value - baseline,
             difference_interval=interval(b - a),
             p=min(1.0, 2 * beyond / (draws + 1)),
         )

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from lmmhooks_eval.recipe import DataPlan
 
-__all__ = ["Doc", "Metric", "Parsed", "Source", "Task", "Totals"]
+__all__ = ["AnswerWords", "Doc", "Metric", "Parsed", "Source", "Task", "Totals"]
 
 Doc = Mapping[str, Any]
 Totals = Mapping[str, np.ndarray]
@@ -90,6 +90,27 @@ class Parsed:
     clean: bool = True
 
 
+@dataclass(frozen=True)
+class AnswerWords:
+    """
+    The two words that answer a question, for tasks in which one of them is right.
+
+    Parameters
+    ----------
+    positive, negative
+        As the model writes them at the beginning of an answer; with and without a space before it are the same word.
+    is_positive
+        Whether the first is the right answer to a document.
+    split
+        What figures are given apart by; the same for all where there is nothing to tell apart.
+    """
+
+    positive: str
+    negative: str
+    is_positive: Callable[[Doc], bool]
+    split: Callable[[Doc], str]
+
+
 def _doc_id(doc: Doc) -> str:
     return str(doc["id"])
 
@@ -140,6 +161,8 @@ class Task:
         Documents of the same form that are no part of the benchmark, for settings that `lmmhooks calibrate` measures;
         None if there are none. Those that carry the fields ``value`` and ``h_value``, a true answer and one with
         invented objects, are demonstrations too.
+    answer_words
+        For yes/no tasks: how sure the model is of its answer is stored with it, and its ranking of documents scored.
     at
         The same task on data elsewhere (a folder, another hub id); reads nothing yet. None for bundled data, which have
         one place.
@@ -162,6 +185,7 @@ class Task:
     cluster: Callable[[Doc], str] = _doc_id
     stratum: Callable[[Doc], str] = _no_stratum
     calibration: Callable[[], Sequence[Doc]] | None = None
+    answer_words: AnswerWords | None = None
     at: Callable[[DataPlan], Task] | None = None
 
     @property
@@ -169,9 +193,9 @@ class Task:
         """The metric a table leads with."""
         return self.metrics[0]
 
-    def messages(self, doc: Doc, prompt: str | None = None, system: str | None = None) -> list[dict[str, Any]]:
+    def question(self, doc: Doc, prompt: str | None = None) -> str:
         """
-        Chat messages that ask about one document, in the form ``processor.apply_chat_template`` takes.
+        What is asked about one document, as plain text.
 
         Parameters
         ----------
@@ -179,8 +203,6 @@ class Task:
             The document.
         prompt
             Name of the wording; None for the task's first.
-        system
-            A system message to put before it.
 
         Raises
         ------
@@ -192,11 +214,27 @@ class Task:
             raise TaskError(
                 f"task {self.name!r}: the prompt of document {doc['id']!r} is empty; give its question a text"
             )
-        images = [{"type": "image"} for _ in self.images(doc)]
-        user = {"role": "user", "content": [*images, {"type": "text", "text": text}]}
-        if system is None:
-            return [user]
-        return [{"role": "system", "content": [{"type": "text", "text": system}]}, user]
+        return str(text)
+
+    def messages(self, doc: Doc, prompt: str | None = None, system: str | None = None) -> list[dict[str, Any]]:
+        """
+        Chat messages that ask about one document, in the form ``processor.apply_chat_template`` takes.
+
+        Parameters
+        ----------
+        doc, prompt
+            As in `question`.
+        system
+            A system message to put before it.
+
+        Raises
+        ------
+        TaskError
+            As `question`.
+        """
+        from lmmhooks.prompting import conversation  # needs torch, which scoring and listing must not
+
+        return conversation(len(self.images(doc)), self.question(doc, prompt), system)
 
     def parse(self, text: str, doc: Doc, parser: str | None = None) -> Parsed:
         """Read an answer with the named parser (None for the task's first); `TaskError` if there is no such parser."""

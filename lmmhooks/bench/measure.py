@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from lmmhooks.bench.branching import naive_loop, read_branches, suffix_pass
 from lmmhooks.bench.memory import peak_bytes
-from lmmhooks.bench.passes import Pass, native_decoder_pass, timed_pass, two_pass_step
+from lmmhooks.bench.passes import Pass, native_decoder_pass, searched_pass, timed_pass
 from lmmhooks.bench.prompts import Prompt
 from lmmhooks.bench.timing import Spread, interleave, paired_ratio, spread
 from lmmhooks.family import Family, resolve
 from lmmhooks.methods.base import Method
+from lmmhooks.methods.decoding.base import DecodingMethod
 from lmmhooks.patch import Patch, wrap
 
 __all__ = ["BaselineCost", "VariantCost", "measure_baseline", "measure_disabled", "measure_variant"]
@@ -57,8 +59,12 @@ class VariantCost:
     over_limit
         Decoder prefill time over the native limit: the unpatched decoder timed at each layer's own length, one layer's
         share each. None where no token is removed.
-    over_two_passes
-        Decode step over that of two caches and two forwards; None for methods without branches.
+    over_suffixes
+        Decoder prefill over the least that branches have to read: the prompt, and of each branch what it does not have
+        in common with it, read one after the other. None without branches.
+    over_naive
+        Decode step over that of the naive loop, in which every branch has a cache and a forward of its own. None
+        without branches, and under beam search.
     average_visual
         Visual tokens entering a decoder layer, averaged over layers and rows.
     visual_kept
@@ -78,7 +84,8 @@ class VariantCost:
     milliseconds: dict[str, Spread]
     ratios: dict[str, Spread]
     over_limit: Spread | None
-    over_two_passes: Spread | None
+    over_suffixes: Spread | None
+    over_naive: Spread | None
     average_visual: float
     visual_kept: list[int]
     kv_ratio: float
@@ -88,15 +95,22 @@ class VariantCost:
     peak_bytes_plain: int
 
 
-def measure_baseline(model: PreTrainedModel, prompt: Prompt, repeat: int, decode_tokens: int) -> BaselineCost:
+def measure_baseline(
+    model: PreTrainedModel, prompt: Prompt, repeat: int, decode_tokens: int, num_beams: int = 1
+) -> BaselineCost:
     """Measure the plain model alone."""
     family = resolve(model)
-    passes = interleave({"plain": lambda: timed_pass(family, prompt, decode_tokens)}, repeat)["plain"]
+    passes = interleave({"plain": _answer(family, prompt, decode_tokens, num_beams)}, repeat)["plain"]
     return BaselineCost(_milliseconds(passes), _prefill_peak(family, prompt))
 
 
 def measure_disabled(
-    model: PreTrainedModel, prompt: Prompt, methods: Sequence[str | Method], repeat: int, decode_tokens: int
+    model: PreTrainedModel,
+    prompt: Prompt,
+    methods: Sequence[str | Method],
+    repeat: int,
+    decode_tokens: int,
+    num_beams: int = 1,
 ) -> dict[str, Spread]:
     """
     Measure a wrapped model whose patch is disabled against the model without any patch.
@@ -110,20 +124,23 @@ def measure_disabled(
     # The bound methods carry what wrapping measured, so that wrapping again costs nothing.
     with wrap(model, *methods) as patch:
         bound = patch.methods
-
-    def plain() -> Pass:
-        return timed_pass(family, prompt, decode_tokens)
+    answer = _answer(family, prompt, decode_tokens, num_beams)
 
     def disabled() -> Pass:
         with wrap(model, *bound) as patch, patch.disabled():
-            return timed_pass(family, prompt, decode_tokens)
+            return answer()
 
-    passes = interleave({"plain": plain, "disabled": disabled}, repeat)
+    passes = interleave({"plain": answer, "disabled": disabled}, repeat)
     return _ratios(passes["disabled"], passes["plain"])
 
 
 def measure_variant(
-    model: PreTrainedModel, prompt: Prompt, methods: Sequence[str | Method], repeat: int, decode_tokens: int
+    model: PreTrainedModel,
+    prompt: Prompt,
+    methods: Sequence[str | Method],
+    repeat: int,
+    decode_tokens: int,
+    num_beams: int = 1,
 ) -> VariantCost:
     """
     Measure a model with methods against the same model without.
@@ -139,7 +156,10 @@ def measure_variant(
     repeat
         Rounds that count.
     decode_tokens
-        Decode steps per round.
+        Decode steps per round; under beam search, tokens per answer.
+    num_beams
+        With 2 or more, prompts are answered by the beam search of ``generate``, and decode steps are those of plain
+        beam search with as many beams.
 
     Returns
     -------
@@ -155,28 +175,32 @@ def measure_variant(
         timed_pass(family, prompt)
         stats = patch.stats
         kept = [layer.visual_kept[0] for layer in stats.layers]
-        reduced = any(count != prompt.visual for count in kept)
-        branching = any(method.kind == "decoding" for method in patch.methods)
+        reduced = num_beams == 1 and any(count != prompt.visual for count in kept)
+        branching = next((m for m in patch.methods if isinstance(m, DecodingMethod) and m.branches(family)), None)
 
-        actions: dict[str, Callable[[], Any]] = {
-            "plain": _plain(patch, lambda: timed_pass(family, prompt, decode_tokens)),
-            "patched": lambda: timed_pass(family, prompt, decode_tokens),
-        }
+        answer = _answer(family, prompt, decode_tokens, num_beams)
+        actions: dict[str, Callable[[], Any]] = {"plain": _plain(patch, answer), "patched": answer}
         lengths = sorted({prompt.text + count for count in kept}) if reduced else []
         for length in lengths:
             actions[f"native {length}"] = _plain(patch, _native(family, prompt.batch * stats.branches, length))
-        if branching and decode_tokens:
-            actions["two passes"] = _plain(patch, lambda: two_pass_step(family, prompt, decode_tokens))
+        if branching is not None and num_beams == 1:
+            readings = read_branches(family, branching, prompt)
+            actions["suffixes"] = _plain(patch, lambda: suffix_pass(family, readings))
+            if decode_tokens:
+                with patch.disabled():
+                    actions["naive"] = _plain(patch, naive_loop(family, readings, decode_tokens))
 
         results = interleave(actions, repeat)
         plain, patched = results["plain"], results["patched"]
-        over_limit = over_two = None
+        over_limit = over_suffixes = over_naive = None
         if reduced:
             share = {length: [value / len(kept) for value in results[f"native {length}"]] for length in lengths}
             limits = [sum(share[prompt.text + count][number] for count in kept) for number in range(repeat)]
             over_limit = paired_ratio([one.decoder for one in patched], limits)
-        if branching and decode_tokens:
-            over_two = paired_ratio([one.decode for one in patched], results["two passes"])
+        if "suffixes" in results:
+            over_suffixes = paired_ratio([one.decoder for one in patched], results["suffixes"])
+        if "naive" in results:
+            over_naive = paired_ratio([one.decode for one in patched], results["naive"])
         peak = _prefill_peak(family, prompt)
         with patch.disabled():
             peak_plain = _prefill_peak(family, prompt)
@@ -186,7 +210,8 @@ def measure_variant(
             milliseconds=_milliseconds(patched),
             ratios=_ratios(patched, plain),
             over_limit=over_limit,
-            over_two_passes=over_two,
+            over_suffixes=over_suffixes,
+            over_naive=over_naive,
             average_visual=stats.average_visual,
             visual_kept=kept,
             kv_ratio=stats.kv_bytes / stats.kv_bytes_full,
@@ -195,6 +220,12 @@ def measure_variant(
             peak_bytes=peak,
             peak_bytes_plain=peak_plain,
         )
+
+
+def _answer(family: Family, prompt: Prompt, decode_tokens: int, num_beams: int) -> Callable[[], Pass]:
+    if num_beams > 1:
+        return lambda: searched_pass(family, prompt, num_beams, decode_tokens)
+    return lambda: timed_pass(family, prompt, decode_tokens)
 
 
 def _plain(patch: Patch, run: Callable[[], Any]) -> Callable[[], Any]:

@@ -1,8 +1,9 @@
 """
-The timed computations: a prefill cut at the decoder, decode steps, a native run of the decoder, naive two passes.
+The timed computations: a prefill cut at the decoder, decode steps, a beam search, a native run of the decoder.
 
 Spans are taken at module boundaries by hooks that exist only while a pass runs. The decoder's span begins before
-anything a patch does there and ends after it, at the language head.
+anything a patch does there and ends after it, at the language head; a patch that reads a prompt in several forwards has
+all of them in it.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import StoppingCriteriaList
 
 from lmmhooks.bench.prompts import Prompt
 from lmmhooks.bench.timing import synchronizer
 from lmmhooks.family import Family
+from lmmhooks.metering import TokenClock
 
-__all__ = ["Pass", "native_decoder_pass", "timed_pass", "two_pass_step"]
+__all__ = ["Pass", "native_decoder_pass", "searched_pass", "timed_pass"]
 
 
 @dataclass(frozen=True)
@@ -34,11 +37,11 @@ class Pass:
     vision
         From the start of the forward to the decoder: tower, projector, embedding, and what a patch does there.
     decoder
-        From the decoder's start to the language head.
+        From the decoder's first start to the last call of the language head.
     prefill
         The whole forward of the prompt.
     decode
-        Median of the decode steps; 0 when there were none.
+        Median of the decode steps, or the mean of a beam search; 0 when there were none.
     """
 
     vision: float
@@ -86,7 +89,8 @@ def timed_pass(family: Family, prompt: Prompt, decode_tokens: int = 0) -> Pass:
 
     def mark(name: str) -> None:
         synchronize()
-        at[name] = time.perf_counter()
+        now = time.perf_counter()
+        at[name] = at.get(name, now) if name == "decoder" else now
 
     # As `generate` does: an attention mask without padding is not passed on.
     inputs = {name: value for name, value in prompt.inputs.items() if name != "attention_mask"}
@@ -108,6 +112,40 @@ def timed_pass(family: Family, prompt: Prompt, decode_tokens: int = 0) -> Pass:
         prefill=1e3 * (at["end"] - at["start"]),
         decode=statistics.median(steps) if steps else 0.0,
     )
+
+
+def searched_pass(family: Family, prompt: Prompt, num_beams: int, new_tokens: int) -> Pass:
+    """
+    Answer a prompt by the beam search of ``generate``, patched or not.
+
+    Parameters
+    ----------
+    family
+        The model, patched or not.
+    prompt
+        Its inputs.
+    num_beams
+        Beams, 2 or more.
+    new_tokens
+        Length of every answer, 1 or more.
+
+    Returns
+    -------
+    Pass
+        ``prefill``: up to the choice of the first tokens. ``decode``: per token from there on, choice included. Vision
+        and decoder are not told apart.
+    """
+    clock = TokenClock(family.model.device)
+    family.model.generate(
+        **prompt.inputs,
+        num_beams=num_beams,
+        do_sample=False,
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+        stopping_criteria=StoppingCriteriaList([clock]),
+    )
+    clock.finish()
+    return Pass(0.0, 0.0, clock.prefill_ms, (clock.decode_ms or 0.0) / max(clock.steps - 1, 1))
 
 
 @torch.no_grad()
@@ -135,40 +173,3 @@ def native_decoder_pass(family: Family, batch: int, tokens: int) -> float:
     family.text_model(inputs_embeds=embeds, use_cache=True)
     synchronize()
     return 1e3 * (time.perf_counter() - begin)
-
-
-@torch.no_grad()
-def two_pass_step(family: Family, prompt: Prompt, decode_tokens: int) -> float:
-    """
-    Time the naive form of two-branch decoding: two caches and two forwards per step.
-
-    Parameters
-    ----------
-    family
-        The model, without an active patch.
-    prompt
-        Its inputs, used for both branches (their content does not change the time).
-    decode_tokens
-        Decode steps.
-
-    Returns
-    -------
-    float
-        Median milliseconds per step.
-    """
-    synchronize = synchronizer(family.model.device)
-    inputs = {name: value for name, value in prompt.inputs.items() if name != "attention_mask"}
-    branches = [family.model(**inputs, use_cache=True, logits_to_keep=1) for _ in range(2)]
-    steps = []
-    for _ in range(decode_tokens):
-        mixed = 2 * branches[0].logits[:, -1] - branches[1].logits[:, -1]
-        token = mixed.argmax(-1, keepdim=True)
-        synchronize()
-        begin = time.perf_counter()
-        branches = [
-            family.model(input_ids=token, past_key_values=branch.past_key_values, use_cache=True, logits_to_keep=1)
-            for branch in branches
-        ]
-        synchronize()
-        steps.append(1e3 * (time.perf_counter() - begin))
-    return statistics.median(steps)

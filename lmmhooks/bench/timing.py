@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-import torch
+from lmmhooks.metering import synchronizer
 
 __all__ = ["Spread", "interleave", "paired_ratio", "spread", "synchronizer"]
 
@@ -28,15 +28,6 @@ class Spread:
     median: float
     low: float
     high: float
-
-
-def synchronizer(device: torch.device) -> Callable[[], None]:
-    """Return what waits until the device has finished all queued work."""
-    if device.type == "cuda":
-        return lambda: torch.cuda.synchronize(device)
-    if device.type == "mps":
-        return torch.mps.synchronize
-    return lambda: None
 
 
 def interleave(actions: Mapping[str, Callable[[], T]], repeat: int, warmup: int = 1) -> dict[str, list[T]]:

@@ -36,6 +36,7 @@ def bench(
     text_tokens: Annotated[int, typer.Option(min=2, help="Text tokens per prompt.")] = 64,
     visual_tokens: Annotated[int | None, typer.Option(min=1, help="Visual tokens per prompt, where free.")] = None,
     decode_tokens: Annotated[int, typer.Option(min=0, help="Decode steps per round.")] = 16,
+    beams: Annotated[int, typer.Option(min=1, help="Answer by beam search of so many beams.")] = 1,
     repeat: Annotated[int, typer.Option(min=1, help="Rounds that count; each runs all alternatives.")] = 7,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; unset: float32 on CPU.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; unset: CUDA if there is one.")] = None,
@@ -58,6 +59,8 @@ def bench(
 
     if (model is None) == (config is None):
         raise LmmhooksError("give either --model (weights to load) or --config (a named shape), not both or neither")
+    if beams > 1 and not decode_tokens:
+        raise LmmhooksError(f"--beams {beams} with --decode-tokens 0: a beam search writes 1 token or more")
     variants = [split_methods(text) for text in method or ()]
     if out is not None:
         check_writable(out)
@@ -71,12 +74,12 @@ def bench(
     prompt = make_prompt(target, batch=batch, text=text_tokens, visual=visual_tokens)
     note(f"{model or config}: {prompt.visual} visual and {prompt.text} text tokens, batch {batch}, {repeat} rounds")
 
-    baseline = measure_baseline(target, prompt, repeat, decode_tokens)
-    off = measure_disabled(target, prompt, variants[0], repeat, decode_tokens) if disabled and variants else None
+    baseline = measure_baseline(target, prompt, repeat, decode_tokens, beams)
+    off = measure_disabled(target, prompt, variants[0], repeat, decode_tokens, beams) if disabled and variants else None
     measured = []
     for methods in variants:
         note(f"measuring {' + '.join(methods)}")
-        measured.append(measure_variant(target, prompt, methods, repeat, decode_tokens))
+        measured.append(measure_variant(target, prompt, methods, repeat, decode_tokens, beams))
 
     record = {
         "kind": "bench",
@@ -89,6 +92,7 @@ def bench(
         "text_tokens": prompt.text,
         "visual_tokens": prompt.visual,
         "decode_tokens": decode_tokens,
+        "beams": beams,
         "repeat": repeat,
         "baseline": asdict(baseline),
         "disabled": None if off is None else {name: asdict(one) for name, one in off.items()},
@@ -104,11 +108,11 @@ def bench(
     console().print(f"plain model: {times}, {baseline.peak_bytes / MIB:.0f} MiB beyond the weights", highlight=False)
     rows = [_row(variant) for variant in measured]
     if off is not None:
-        rows.insert(0, ["wrapped, disabled", *(_ratio(off.get(name)) for name in COLUMNS), "-", "-", "-", "-"])
+        rows.insert(0, ["wrapped, disabled", *(_ratio(off.get(name)) for name in COLUMNS), *["-"] * 5])
     if rows:
-        header = ["method", *COLUMNS, "of native limit", "of two passes", "FLOPs (theory)", "memory"]
-        print_table(header, rows)
-        note("ratios to the plain model within each round: median [quartiles]; 'of native limit': decoder prefill")
+        limits = ["of native limit", "of suffixes", "of naive loop"]
+        print_table(["method", *COLUMNS, *limits, "FLOPs (theory)", "memory"], rows)
+        note("ratios to the plain model within each round: median [quartiles]; limit and suffixes: decoder prefill")
 
 
 COLUMNS = ("vision", "decoder", "prefill", "decode")
@@ -119,7 +123,8 @@ def _row(variant: VariantCost) -> list[str]:
         " + ".join(variant.methods),
         *(_ratio(variant.ratios.get(name)) for name in COLUMNS),
         _ratio(variant.over_limit),
-        _ratio(variant.over_two_passes),
+        _ratio(variant.over_suffixes),
+        _ratio(variant.over_naive),
         f"{variant.flops_ratio:.3f}",
         f"{(variant.peak_bytes - variant.peak_bytes_plain) / MIB:+.1f} MiB",
     ]

@@ -21,6 +21,7 @@ from lmmhooks.cost.decoder import (
     score_macs,
 )
 from lmmhooks.cost.latency import Device, calibrate_compute, decode_seconds, prefill_seconds
+from lmmhooks.cost.memory import PromptMemory, prompt_memory
 from lmmhooks.cost.vision import VisionShape, projector_macs, vision_macs
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "Device",
     "LayerCounts",
     "Pairs",
+    "PromptMemory",
     "VisionShape",
     "attention_map_bytes",
     "average_visual",
@@ -41,6 +43,7 @@ __all__ = [
     "prefill_macs",
     "prefill_seconds",
     "projector_macs",
+    "prompt_memory",
     "score_macs",
     "solve_cut",
     "solve_staged",

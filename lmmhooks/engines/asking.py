@@ -13,7 +13,8 @@ from transformers import DynamicCache
 from lmmhooks.engines.branch_cache import BranchCache
 from lmmhooks.engines.branch_features import image_pixels
 from lmmhooks.engines.branch_vision import BranchEncoder, entries_of
-from lmmhooks.engines.branches import PromptStacker, StackedPrompt
+from lmmhooks.engines.branches import PromptStacker
+from lmmhooks.engines.stacked_prompt import StackedPrompt
 from lmmhooks.methods.decoding.base import Branch, DecodingMethod
 
 if TYPE_CHECKING:

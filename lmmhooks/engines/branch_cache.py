@@ -103,12 +103,15 @@ class BranchCache(DynamicCache):
 
     def append(self, branches: BranchCache) -> None:
         """
-        Take in branches that read the same tokens after the rows of this cache, which held the main branch alone.
+        Take in branches that read their prompt after the rows of this cache, which held the main branch alone.
 
-        The layers stay those of the cache that is viewed, so that whoever holds it sees all rows.
+        The layers stay those of the cache that is viewed, so that whoever holds it sees all rows. Shorter branches are
+        filled up on the left; masking that is up to the caller.
         """
         for own, other in zip(self.layers, branches.layers, strict=True):
-            own.keys, own.values = torch.cat([own.keys, other.keys]), torch.cat([own.values, other.values])
+            fill = (0, 0, own.keys.shape[2] - other.keys.shape[2], 0)
+            own.keys = torch.cat([own.keys, torch.nn.functional.pad(other.keys, fill)])
+            own.values = torch.cat([own.values, torch.nn.functional.pad(other.values, fill)])
         rows = branches._num_rows
         positions = branches.next_position
         self.next_position = torch.cat([positions[..., :rows], positions], dim=-1)

@@ -22,6 +22,7 @@ from lmmhooks.engines.branch_rows import (
     tokens_of,
 )
 from lmmhooks.engines.branch_vision import BranchEncoder, EncodedImages, Entry, entries_of, with_entries
+from lmmhooks.engines.stacked_prompt import StackedPrompt
 from lmmhooks.errors import MethodError, PromptError
 from lmmhooks.layout import Layout, build_layout
 from lmmhooks.methods.decoding.base import Branch, DecodingMethod
@@ -31,7 +32,7 @@ from lmmhooks.vision import VisionInputs
 if TYPE_CHECKING:
     from lmmhooks.engines.runtime import Runtime
 
-__all__ = ["PromptStacker", "StackedPrompt"]
+__all__ = ["PromptStacker"]
 
 #: Arguments of a forward that run along the tokens of the prompt and are built anew here.
 _REBUILT = (
@@ -42,30 +43,6 @@ _REBUILT = (
     "second_per_grid_ts",
     "mm_encoder_outputs",
 )
-
-
-@dataclass(eq=False)
-class StackedPrompt:
-    """
-    Arguments of the forward that reads a prompt in several branches, and what goes with them.
-
-    Attributes
-    ----------
-    kwargs
-        For ``model(**kwargs)``; without cache.
-    mask
-        ``[N * B, L]`` bool, None when nothing is padded.
-    next_position
-        ``[..., N * B]`` position of the first token after the prompt.
-    layout, vision
-        Of the stacked rows.
-    """
-
-    kwargs: dict[str, Any]
-    mask: Tensor | None
-    next_position: Tensor
-    layout: Layout
-    vision: list[VisionInputs]
 
 
 @dataclass(eq=False)
@@ -325,10 +302,14 @@ class PromptStacker(PromptInputs):
         mask = torch.cat([reading.mask for reading in readings])
         padded = None if bool(mask.all()) else mask
         positions = torch.cat([reading.positions for reading in readings], dim=-2)
+        first, others = (
+            {modality: [e for reading in part for e in reading.entries.get(modality, [])] for modality in outputs}
+            for part in (readings[:1], readings[1:])
+        )
         stacked = {
-            modality: with_entries(outputs[modality], entries)
-            for modality in outputs
-            if (entries := [entry for reading in readings for entry in reading.entries.get(modality, [])])
+            modality: with_entries(output, entries)
+            for modality, output in outputs.items()
+            if (entries := [*first[modality], *others[modality]])
         }
         joined = {
             "input_ids": torch.cat([reading.input_ids for reading in readings]),
@@ -340,7 +321,8 @@ class PromptStacker(PromptInputs):
         if rest.get("token_type_ids") is not None:
             rest["token_type_ids"] = self._repeat_types(rest["token_type_ids"], len(readings))
         layouts, joint = self._place(readings, records, visions)
-        return StackedPrompt({**rest, **joined}, padded, position_after(positions, mask), Layout.stack(layouts), joint)
+        following, layout = position_after(positions, mask), Layout.stack(layouts)
+        return StackedPrompt({**rest, **joined}, padded, following, layout, joint, (first, others), outputs)
 
     def _repeat_types(self, types: Tensor, times: int) -> Tensor:
         if not self.same_tokens:

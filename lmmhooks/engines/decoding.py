@@ -12,24 +12,20 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache
 
-from lmmhooks.engines.asking import PromptAsker
 from lmmhooks.engines.attach import Attachments
-from lmmhooks.engines.branch_attention import BranchAttender
 from lmmhooks.engines.branch_cache import BranchCache, refuse_static
 from lmmhooks.engines.branch_features import PromptAttention, PromptReader
+from lmmhooks.engines.branch_forwards import BranchForwards, Call
 from lmmhooks.engines.branch_rows import main_rows, position_after, refuse_drafts, tokens_of
 from lmmhooks.engines.branch_vision import BranchEncoder
-from lmmhooks.engines.branches import PromptStacker, StackedPrompt
 from lmmhooks.engines.lazy_branches import LazyBranches
-from lmmhooks.engines.prefix_sharing import SharedPrompt, can_share
 from lmmhooks.engines.step_reading import StepReader
 from lmmhooks.errors import MethodError, PromptError
 from lmmhooks.methods.decoding.base import DecodingMethod
@@ -38,24 +34,6 @@ if TYPE_CHECKING:
     from lmmhooks.engines.runtime import Runtime
 
 __all__ = ["BranchEngine"]
-
-
-@dataclass(eq=False)
-class _Call:
-    """One forward of the caller: its rows, and how its output is to be read."""
-
-    rows: int
-    blocks: int = 1
-    cache: BranchCache | None = None
-    lazy: LazyBranches | None = None
-    logits_to_keep: Any = 0
-    as_tuple: bool = False
-    attention: PromptAttention | None = None
-    """What branches that read after the main rows will know of those."""
-    shared: SharedPrompt | None = None
-    """Branches that read what they do not have in common with the main rows once those were read."""
-    generated: int | None = None
-    """Generated tokens in the prompt of a forward without cache."""
 
 
 class BranchEngine:
@@ -92,33 +70,19 @@ class BranchEngine:
                 f"{self.method.id} reads or writes text with these settings, which needs the model's tokenizer; "
                 "give its processor to wrap(model, ..., processor=processor)"
             )
-        self.stacker = PromptStacker(runtime, self.method, self.branches, self.encoder)
+        self.reader = StepReader(runtime, self.method)
+        self.forwards = BranchForwards(runtime, self.method, self.branches, self.encoder, self.reader, self.apart)
+        self.stacker, self.attender = self.forwards.stacker, self.forwards.attender
         # Main rows whose text is edited are made here as well, and described by a cache of their own.
         self.stacks = bool(self.branches) or not self.stacker.main.same_tokens
-        self.reader = StepReader(runtime, self.method)
         self.prompt_reader = PromptReader(runtime, self.method)
-        asked = self.method.asks_first(self.family) if self.branches else None
-        self.asker = PromptAsker(runtime, self.method, *asked, self.encoder, self._run) if asked else None
-        self.attender = BranchAttender(runtime, self.method, self.branches)
         self._names = list(inspect.signature(self.family.model.forward).parameters)
-        self._call: _Call | None = None
+        self._call: Call | None = None
         self._uncached: tuple[Tensor, int] | None = None
         """Prompt of the newest forward without cache, and that forward's length."""
-        self._inside = False
         # Branches that had to read after the main rows join them for the answer. What other methods remember of the
         # main rows knows nothing of the branches', which then keep a forward of their own.
         self.merges = self.apart and not self.lazy and len(runtime.methods()) == 1 and not runtime.probes
-
-        # Methods below act on what a forward reads, and one of branches would not read its prompt from the beginning.
-        self.shares = (
-            bool(self.branches)
-            and not self.apart
-            and not self.stacker.same_tokens
-            and all(branch.image == "same" for branch in (self.stacker.main, *self.branches))
-            and len(runtime.methods()) == 1
-            and not runtime.probes
-            and not self.method.branch_layers(self.family)
-        )
 
     def attach(self, attachments: Attachments) -> None:
         """Hook the model; must come before the hooks that follow prompts, which are to see the stacked rows."""
@@ -130,7 +94,7 @@ class BranchEngine:
     # -- before the forward --------------------------------------------------------------------------------------------
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._inside:
+        if self.forwards.inside:
             return None
         kwargs = {**dict(zip(self._names, args, strict=False)), **kwargs}
         self.stacker.memory, self.stacker.notes = {}, []
@@ -143,7 +107,7 @@ class BranchEngine:
         if new is None:
             raise PromptError("the model was called without input_ids; pass the inputs of its processor")
         returns_dict = kwargs.get("return_dict")
-        call = _Call(
+        call = Call(
             rows=int(new.shape[0]),
             logits_to_keep=0 if kwargs.get("logits_to_keep") is None else kwargs["logits_to_keep"],
             as_tuple=not (self.family.model.config.return_dict if returns_dict is None else returns_dict),
@@ -164,7 +128,7 @@ class BranchEngine:
         self._call = call
         return (), kwargs
 
-    def _limit_positions(self, call: _Call, kwargs: dict[str, Any], is_prompt: bool) -> None:
+    def _limit_positions(self, call: Call, kwargs: dict[str, Any], is_prompt: bool) -> None:
         """The decoder is read at the newest token, or at as many of the last ones as the caller wants."""
         if isinstance(call.logits_to_keep, Tensor) or (is_prompt and self.reader.probes and call.logits_to_keep > 1):
             raise PromptError(
@@ -175,52 +139,31 @@ class BranchEngine:
         call.logits_to_keep = kwargs["logits_to_keep"] = max(call.logits_to_keep, 1)
         self.reader.begin(call.rows, call.logits_to_keep)
 
-    def _begin(self, call: _Call, given: dict[str, Any]) -> dict[str, Any]:
+    def _begin(self, call: Call, given: dict[str, Any]) -> dict[str, Any]:
         """Arguments of the forward that reads the prompt."""
         encoded = self.stacker.encode(given)
         self.stacker.check(encoded)
+        self.forwards.check_memory(encoded, self.lazy)
         if self.prompt_reader.layers or self.attender.hides:
             refuse_drafts(self.method.id, call.logits_to_keep)
-        if not self._caches(encoded):
+        if not self.forwards.caches(encoded):
             call.generated = self._count_uncached(encoded)
         if not self.apart:
-            stacked = self.stacker.stack(encoded, with_main=True, replies=self._replies(encoded))
-            if self.shares and self._caches(encoded) and can_share(self._inner_cache(encoded)):
-                call.shared = SharedPrompt.of(stacked, call.rows, self.family.visual_ids)
-            if call.shared is not None:
-                return self._prompt_forward(call, call.shared.main, encoded)
-            call.blocks = 1 + len(self.branches)
-            return self._prompt_forward(call, stacked, encoded)
+            return self.forwards.begin(call, encoded)
         self.attender.rows = {}
         self.prompt_reader.begin()
         call.attention = PromptAttention()
-        read = partial(self._read_lazily, call.attention)
-        call.lazy = LazyBranches(encoded, call.rows, read, self._continue_lazily)
+        read = partial(self.forwards.read, call.attention)
+        call.lazy = LazyBranches(encoded, call.rows, read, self.forwards.go_on)
         kwargs = dict(encoded)
+        self.forwards.limit_positions(call, kwargs)
         if self.family.mrope:
             kwargs["position_ids"] = self.stacker.positions(encoded)
-        if self._caches(encoded):
+        if self.forwards.caches(encoded):
             call.cache = kwargs["past_key_values"] = self._main_cache(kwargs, call.lazy)
         return self.stacker.hand_over(kwargs, encoded)
 
-    def _prompt_forward(self, call: _Call, stacked: StackedPrompt, encoded: dict[str, Any]) -> dict[str, Any]:
-        kwargs = stacked.kwargs
-        self.attender.follow(len(kwargs["input_ids"]) // call.blocks, call.blocks)
-        if self._caches(kwargs):
-            call.cache = BranchCache(self._inner_cache(kwargs), call.blocks, stacked.mask, stacked.next_position)
-            kwargs["past_key_values"] = call.cache
-        if not self.stacker.same_tokens:
-            # Only the last position is the same place in prompts of different lengths.
-            if isinstance(call.logits_to_keep, Tensor) or call.logits_to_keep > 1:
-                raise PromptError(
-                    f"logits_to_keep={call.logits_to_keep!r} asks for several positions of a prompt that "
-                    f"{self.method.id} reads in different lengths; only the last one can be combined: leave it out"
-                )
-            kwargs["logits_to_keep"] = 1
-        self.runtime.prepared = (stacked.layout, stacked.vision)
-        return self.stacker.hand_over(kwargs, encoded)
-
-    def _continue(self, call: _Call, cache: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _continue(self, call: Call, cache: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Arguments of a forward that continues a prompt."""
         if not isinstance(cache, BranchCache):
             raise PromptError(
@@ -241,28 +184,7 @@ class BranchEngine:
                 kwargs["position_ids"] = cache.continuation(kwargs["input_ids"].shape[1])[1]
             return kwargs
         call.blocks = cache.num_branches
-        return {**kwargs, **self._continuation(cache, kwargs)}
-
-    def _continuation(self, cache: BranchCache, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Tokens, mask and positions of every branch's rows; those of the caller describe the main rows only."""
-        out = {
-            name: kwargs[name].repeat(cache.num_branches, *[1] * (kwargs[name].ndim - 1))
-            for name in ("input_ids", "inputs_embeds", "token_type_ids")
-            if kwargs.get(name) is not None
-        }
-        num_rows, num_new = next(iter(out.values())).shape[:2]
-        self.attender.follow(num_rows // cache.num_branches, cache.num_branches)
-        out["attention_mask"], out["position_ids"] = cache.continuation(num_new)
-        return {**out, "mm_token_type_ids": None} if "mm_token_type_ids" in kwargs else out
-
-    def _caches(self, kwargs: dict[str, Any]) -> bool:
-        wanted = kwargs.get("use_cache")
-        return bool(getattr(self.family.text_config, "use_cache", True) if wanted is None else wanted)
-
-    def _inner_cache(self, kwargs: dict[str, Any]) -> Cache:
-        """The cache of the caller, or one as the model would make."""
-        given: Cache | None = kwargs.get("past_key_values")
-        return DynamicCache(config=self.family.text_config) if given is None else given
+        return {**kwargs, **self.forwards.continuation(cache, kwargs)}
 
     def _count_uncached(self, kwargs: dict[str, Any]) -> int:
         """Generated tokens in a prompt that is read again at every step because there is no cache."""
@@ -285,59 +207,14 @@ class BranchEngine:
             # A model remembers one offset of positions, and branches that it reads in between have others.
             following = position_after(kwargs["position_ids"], mask)
         # The mask of main rows is the caller's; this cache tells the branches what happens to the rows.
-        cache = BranchCache(self._inner_cache(kwargs), 1, None, following)
+        cache = BranchCache(self.forwards.inner_cache(kwargs), 1, None, following)
         cache.follower = lazy
         return cache
-
-    def _read_lazily(
-        self, attention: PromptAttention, prompt: dict[str, Any], logits_to_keep: Any
-    ) -> tuple[Tensor, BranchCache]:
-        given = {**prompt, "past_key_values": None, "use_cache": True}
-        stacked = self.stacker.stack(given, with_main=False, attention=attention, replies=self._replies(prompt))
-        call = _Call(rows=0, blocks=len(self.branches), logits_to_keep=logits_to_keep)
-        kwargs = self._prompt_forward(call, stacked, prompt)
-        kwargs["logits_to_keep"] = logits_to_keep if self.stacker.same_tokens else 1
-        logits = self._run(kwargs)
-        assert call.cache is not None
-        call.cache.prompt_read()
-        return logits, call.cache
-
-    def _replies(self, encoded: dict[str, Any]) -> list[Tensor] | None:
-        return None if self.asker is None else self.asker.ask(encoded)
-
-    def _continue_lazily(self, tokens: Tensor, cache: BranchCache, logits_to_keep: Any) -> tuple[Tensor, BranchCache]:
-        kwargs = self._continuation(cache, {"input_ids": tokens})
-        return self._run({**kwargs, "past_key_values": cache, "logits_to_keep": logits_to_keep}), cache
-
-    def _read_suffixes(self, call: _Call, shared: SharedPrompt) -> list[Tensor]:
-        """Logits ``[B, 1, vocabulary]`` per branch, which joins the rows of the main cache."""
-        state, num, cache = self.runtime.last_state, len(self.branches), call.cache
-        assert cache is not None
-        kwargs, prefix, begun = shared.suffix(cache, DynamicCache(config=self.family.text_config))
-        branches = BranchCache(prefix, num, None, shared.stacked.next_position[..., call.rows :])
-        self.runtime.adopt(branches, begun)
-        logits = self._run({**kwargs, "past_key_values": branches, "logits_to_keep": 1})
-        cache.append(branches)
-        cache.mask, cache.next_position = shared.stacked.mask, shared.stacked.next_position
-        state.read(shared.stacked.layout, shared.stacked.mask)
-        state.blocks = 1 + num
-        return list(logits.unflatten(0, (num, call.rows)))
-
-    def _run(self, kwargs: dict[str, Any]) -> Tensor:
-        """A forward of the branch rows alone, inside the forward of the caller."""
-        newest = self.runtime.last
-        self._inside, self.reader.listening = True, False
-        try:
-            logits: Tensor = self.family.model(**{**kwargs, "use_cache": True, "return_dict": True}).logits
-        finally:
-            self._inside, self.reader.listening = False, True
-            self.runtime.last = newest
-        return logits.float()
 
     # -- after the forward ---------------------------------------------------------------------------------------------
 
     def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        if self._inside:
+        if self.forwards.inside:
             return None
         call, self._call = self._call, None
         self.runtime.prepared = None
@@ -355,7 +232,8 @@ class BranchEngine:
         logits = output.logits.float().unflatten(0, (call.blocks, call.rows))
         main, others = logits[0], list(logits[1:])
         if call.shared is not None:
-            others = self._read_suffixes(call, call.shared)
+            others = self.forwards.read_rest(call, call.shared)
+            self.encoder.ready.clear()
         grown = state.grown if call.generated is None else call.generated
         if call.lazy is None:
             combined = self._combine(main, others, grown)
@@ -382,11 +260,13 @@ class BranchEngine:
         steps = [max(grown - (num - 1 - i), 0) for i in range(num)]
         combined = []
         for i, step in enumerate(steps):
-            view = self.reader.view(i - num)
-            combined.append(self.method.combine(main[:, i], [other[:, i] for other in others], step, view))
+            view, said = self.reader.view(i - num), [other[:, i] for other in others]
+            if step == 0 and (hears := self.runtime.hears_first_scores) is not None:
+                hears(self.method.combine(main[:, i], said, step, replace(view, cuts=False)))
+            combined.append(self.method.combine(main[:, i], said, step, view))
         return torch.stack(combined, dim=1)
 
-    def _combine_lazily(self, call: _Call, lazy: LazyBranches, main: Tensor, grown: int) -> Tensor:
+    def _combine_lazily(self, call: Call, lazy: LazyBranches, main: Tensor, grown: int) -> Tensor:
         lazy.steps += 1
         if self.lazy and main.shape[1] == 1:
             keep = self.method.keep(main[:, 0])

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from lmmhooks.cost import DecoderShape, dense_counts, prefill_macs
 from lmmhooks.engines.answering import AnswerEngine, Asker, started
 from lmmhooks.engines.attach import Attachments
 from lmmhooks.engines.backend import AttentionCall, AttentionResult
@@ -28,10 +29,11 @@ from lmmhooks.engines.probes import DecoderProbe
 from lmmhooks.engines.rows import apply_weights, row_scores
 from lmmhooks.errors import PromptError
 from lmmhooks.geometry import Geometry, geometry_of
+from lmmhooks.metering import TokenClock
 from lmmhooks.methods.decoding.answering import Reply
 from lmmhooks.methods.refinement.base import RefinementMethod, Seen
 from lmmhooks.placing import image_processor_of
-from lmmhooks.prompting import as_images, build_inputs, open_image
+from lmmhooks.prompting import Prompter, as_images
 from lmmhooks.vision import PIXELS, VisionInputs
 
 if TYPE_CHECKING:
@@ -73,18 +75,30 @@ class LookingEngine(AnswerEngine):
         super().attach(attachments)
         self.once.attach(attachments)
 
-    def asker(self, processor: Any, image: Any, prompt: str, generate_kwargs: dict[str, Any]) -> Looker:
+    def asker(self, prompter: Prompter, image: Any, prompt: str, generate_kwargs: dict[str, Any]) -> Looker:
         images = as_images(image)
         if len(images) != 1:
             raise PromptError(f"{self.method.id} looks at one image, and was given {len(images)}; ask about each alone")
         region = generate_kwargs.pop("region", None)
-        looker = Looker(self, processor, open_image(images[0]), prompt, region)
+        looker = Looker(self, prompter, prompter.shown(images[0]), prompt, region)
         if (name := looker.digest(looker.image)) != self._image:
             # What was kept is about another image.
             self._image = name
             self.once.forget()
             self.memory.clear()
         return looker
+
+    def _count(self, inputs: dict[str, Any], out: Any, clock: TokenClock) -> None:
+        super()._count(inputs, out, clock)
+        # What an earlier pass had read was not read again.
+        text, visual = self.once.shared
+        cost, family = self.cost, self.runtime.family
+        cost.prompt_tokens -= text + visual
+        cost.visual_tokens -= visual
+        cost.visual_kept = [kept - visual for kept in cost.visual_kept]
+        if cost.prefill_flops is not None and text + visual:
+            shape = DecoderShape.from_config(family.model.config)
+            cost.prefill_flops -= 2 * prefill_macs(shape, dense_counts(text, [visual] * shape.layers))
 
     def _listens(self) -> bool:
         return self.rows is not None
@@ -109,8 +123,8 @@ class Looker(Asker):
 
     engine: LookingEngine
 
-    def __init__(self, engine: LookingEngine, processor: Any, image: Image, prompt: str, region: Any) -> None:
-        super().__init__(engine, processor)
+    def __init__(self, engine: LookingEngine, prompter: Prompter, image: Image, prompt: str, region: Any) -> None:
+        super().__init__(engine, prompter)
         self.image = image
         self.prompt = prompt
         self.region = _checked(region, image.size)
@@ -127,7 +141,7 @@ class Looker(Asker):
         return self._geometry
 
     def at(self, image: Image) -> Looker:
-        return Looker(self.engine, self.processor, image, self.prompt, None)
+        return Looker(self.engine, self.prompter, image, self.prompt, None)
 
     @property
     def mean_color(self) -> tuple[int, int, int]:
@@ -182,8 +196,8 @@ class Looker(Asker):
         inputs = self._inputs(images, prompt, turns)
         if not arguments.get("do_sample"):
             arguments = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, **arguments}
-        with self._sharing(images, prompt, inputs, offset), torch.inference_mode():
-            out = self.family.model.generate(**inputs, **arguments, output_logits=True, return_dict_in_generate=True)
+        with self._sharing(images, prompt, inputs, offset):
+            out = self.engine.generate(inputs, **arguments, output_logits=True)
         new = out.sequences[0, inputs["input_ids"].shape[1] :].tolist()
         # Of beams, rows change places: their logits are not those of the sequence that won.
         rows = [step[0] for step in out.logits]
@@ -192,8 +206,7 @@ class Looker(Asker):
     def _inputs(
         self, images: Sequence[Image], prompt: str | Sequence[str], turns: Sequence[tuple[str, str]] = ()
     ) -> dict[str, Any]:
-        weight = next(self.family.model.parameters())
-        return build_inputs(self.processor, images, prompt, weight.device, weight.dtype, turns=turns)
+        return self.engine.inputs(self.prompter, images, [prompt], turns)
 
     @contextmanager
     def _sharing(

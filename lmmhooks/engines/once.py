@@ -77,6 +77,8 @@ class ReadOnce:
         Images of the pass that is under way, in order; None: nothing is shared now.
     num_read
         Positions of the newest prompt that were read for it.
+    shared
+        Text and visual tokens of the newest prompt that an earlier one had read for it.
     newest
         What the language model was given to read the newest prompt.
     """
@@ -86,6 +88,7 @@ class ReadOnce:
         self.shares = shares
         self.pictures: Sequence[Picture] | None = None
         self.num_read = 0
+        self.shared = (0, 0)
         self.newest: dict[str, Any] | None = None
         self._features: dict[bytes, tuple[Any, list[Entry]]] = {}
         self._prompts: list[_Read] = []
@@ -138,14 +141,15 @@ class ReadOnce:
         if state is None or not state.is_prefill:
             return original(*args, **kwargs)
         input_ids = state.input_ids[0].cpu()
-        self.num_read, self.newest = len(input_ids), kwargs
+        self.num_read, self.shared, self.newest = len(input_ids), (0, 0), kwargs
         if not self.shares or self.pictures is None or args or not _shareable(kwargs, cache):
             return original(*args, **kwargs)
         spans = state.layout.spans_of(0)
         images = [(picture.digest, span.start, len(span)) for picture, span in zip(self.pictures, spans, strict=True)]
         before, shared = self._common(input_ids, images)
         if before is not None:
-            self.num_read -= shared
+            visual = int(state.layout.visual[0, :shared].sum())
+            self.num_read, self.shared = self.num_read - shared, (shared - visual, visual)
             for index, (keys, values) in enumerate(before.layers):
                 cache.update(keys[:, :, :shared], values[:, :, :shared], index)
             kwargs = _from(shared, kwargs, state.layout.visual[0])

@@ -16,7 +16,6 @@ from lmmhooks.errors import PromptError
 from lmmhooks.layout import Layout
 
 if TYPE_CHECKING:
-
     from lmmhooks.engines.runtime import Runtime
     from lmmhooks.engines.state import PromptState
 

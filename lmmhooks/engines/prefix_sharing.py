@@ -1,15 +1,16 @@
 """
-What branches have in common with the main rows is read once: everything up to where their texts part.
+What branches have in common with the main rows is read once, and what is shorter is not read as padding.
 
 Keys and values of a position depend on what stands before it alone, so a branch whose prompt differs from some token on
-takes those of the main rows up to there and reads the rest. Both forwards together leave the cache that one forward of
-all stacked rows would have left, and everything after the prompt is the same.
+takes those of the main rows up to there and reads the rest. A branch without the image is a tenth as long as the main
+rows: it is read by itself, as wide as it is. Either way both forwards together leave the cache that one forward of all
+stacked rows would have left, and everything after the prompt is the same.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,14 +18,12 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from lmmhooks.engines.branch_vision import entries_of, with_entries
 from lmmhooks.engines.state import PromptState
-from lmmhooks.layout import Layout
 
 if TYPE_CHECKING:
-    from lmmhooks.engines.branches import StackedPrompt
+    from lmmhooks.engines.stacked_prompt import StackedPrompt
 
-__all__ = ["SharedPrompt", "can_share", "prefix_cache", "suffix_length"]
+__all__ = ["SharedPrompt", "can_share", "columns_to_read", "prefix_cache"]
 
 
 @dataclass(eq=False)
@@ -38,49 +37,50 @@ class SharedPrompt:
         The prompt with all its rows, ``[N * B, L]``.
     num_rows
         Main rows B.
-    num_suffix
+    num_columns
         Columns that branches read themselves.
+    behind_main
+        Whether they read them behind what they have in common with the main rows, or the whole of their prompts.
     """
 
     stacked: StackedPrompt
     num_rows: int
-    num_suffix: int
+    num_columns: int
+    behind_main: bool
 
     @classmethod
-    def of(cls, stacked: StackedPrompt, num_rows: int, visual_ids: Sequence[int]) -> SharedPrompt | None:
-        """How to read a prompt whose branches all show the images as given; None if it is better read at once."""
+    def of(
+        cls, stacked: StackedPrompt, num_rows: int, visual_ids: Sequence[int], as_given: Sequence[bool]
+    ) -> SharedPrompt | None:
+        """
+        How to read a prompt; None if it is better read at once.
+
+        Parameters
+        ----------
+        stacked, num_rows
+            The prompt, and how many of its rows are main rows.
+        visual_ids
+            Ids that stand for visual features.
+        as_given
+            By branch, whether it shows the images of the main rows.
+        """
         input_ids = stacked.kwargs["input_ids"]
-        suffix = suffix_length(input_ids, _filled(stacked.mask, input_ids), num_rows, visual_ids)
-        return None if suffix is None else cls(stacked, num_rows, suffix)
+        found = columns_to_read(input_ids, _filled(stacked.mask, input_ids), num_rows, visual_ids, as_given)
+        return None if found is None else cls(stacked, num_rows, *found)
 
     @property
     def main(self) -> StackedPrompt:
         """The main rows, as wide as all."""
-        kwargs, layout, rows = self.stacked.kwargs, self.stacked.layout, self.num_rows
-        blocks = len(kwargs["input_ids"]) // rows
-        outputs = {}
-        for modality, output in kwargs["mm_encoder_outputs"].items():
-            entries = entries_of(output)
-            outputs[modality] = with_entries(output, entries[: len(entries) // blocks])
-        mask = None if self.stacked.mask is None else self.stacked.mask[:rows]
-        kept = {
-            "input_ids": kwargs["input_ids"][:rows],
-            "attention_mask": None if mask is None else mask.long(),
-            "position_ids": kwargs["position_ids"][..., :rows, :],
-            "mm_encoder_outputs": outputs,
-        }
-        spans = tuple(span for span in layout.spans if span.sample < rows)
-        return replace(
-            self.stacked,
-            kwargs={**kwargs, **kept},
-            mask=mask,
-            next_position=self.stacked.next_position[..., :rows],
-            layout=Layout(layout.segment[:rows], spans),
-        )
+        return self.stacked.split(self.num_rows)[0]
+
+    @property
+    def alone(self) -> StackedPrompt:
+        """The branches, as wide as they are themselves."""
+        return self.stacked.split(self.num_rows)[1].narrowed()
 
     def suffix(self, main: Cache, empty: DynamicCache) -> tuple[dict[str, Any], DynamicCache, PromptState]:
         """
-        The forward of the branches once the main rows were read.
+        The forward of the branches once the main rows were read, if they go on behind those.
 
         Parameters
         ----------
@@ -98,17 +98,17 @@ class SharedPrompt:
         state
             What is known of that.
         """
-        kwargs, rows, num = self.stacked.kwargs, self.num_rows, self.num_suffix
-        input_ids, layout = kwargs["input_ids"], self.stacked.layout
-        cache = prefix_cache(main, _filled(self.stacked.mask, input_ids), rows, num, empty)
-        mask = None if self.stacked.mask is None else self.stacked.mask[rows:]
-        spans = tuple(replace(span, sample=span.sample - rows) for span in layout.spans if span.sample >= rows)
-        state = PromptState(input_ids[rows:, :-num], None)
-        state.read(Layout(layout.segment[rows:], spans).crop(num), None if mask is None else mask[:, :-num])
+        rows, num = self.num_rows, self.num_columns
+        branches = self.stacked.split(rows)[1]
+        input_ids, mask = branches.kwargs["input_ids"], branches.mask
+        filled = _filled(self.stacked.mask, self.stacked.kwargs["input_ids"])
+        cache = prefix_cache(main, filled, rows, num, empty)
+        state = PromptState(input_ids[:, :-num], None)
+        state.read(branches.layout.crop(num), None if mask is None else mask[:, :-num])
         forward = {
-            "input_ids": input_ids[rows:, -num:],
-            "attention_mask": None if mask is None else mask.long(),
-            "position_ids": kwargs["position_ids"][..., rows:, -num:],
+            "input_ids": input_ids[:, -num:],
+            "attention_mask": branches.kwargs["attention_mask"],
+            "position_ids": branches.kwargs["position_ids"][..., -num:],
         }
         return forward, cache, state
 
@@ -117,7 +117,9 @@ def _filled(mask: Tensor | None, input_ids: Tensor) -> Tensor:
     return torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask
 
 
-def suffix_length(input_ids: Tensor, mask: Tensor, num_rows: int, visual_ids: Sequence[int]) -> int | None:
+def columns_to_read(
+    input_ids: Tensor, mask: Tensor, num_rows: int, visual_ids: Sequence[int], as_given: Sequence[bool]
+) -> tuple[int, bool] | None:
     """
     How many of the last columns branches have to read themselves.
 
@@ -128,12 +130,16 @@ def suffix_length(input_ids: Tensor, mask: Tensor, num_rows: int, visual_ids: Se
     num_rows
         Main rows B.
     visual_ids
-        Ids that stand for visual features; those have to be in the common part.
+        Ids that stand for visual features.
+    as_given
+        By branch, whether it shows the images of the main rows; a branch that does not has nothing in common with them
+        from their first image on.
 
     Returns
     -------
-    int or None
-        At least 1; None if sharing would not spare half of the columns.
+    tuple or None
+        The number, at least 1, and whether they stand behind what can be taken from the main rows, all features
+        included, or are the whole prompts of the branches. None if neither would spare half of the columns.
     """
     length = input_ids.shape[1]
     starts = _starts(mask)
@@ -141,15 +147,20 @@ def suffix_length(input_ids: Tensor, mask: Tensor, num_rows: int, visual_ids: Se
     # All rows from their first token on.
     aligned = input_ids.gather(1, (columns + starts[:, None]).clamp(max=length - 1))
     inside = columns < (length - starts)[:, None]
+    visual = torch.isin(aligned, torch.tensor(list(visual_ids), device=input_ids.device)) & inside
     rows = aligned[num_rows:].unflatten(0, (-1, num_rows))
-    within = inside[num_rows:].unflatten(0, (-1, num_rows)) & inside[:num_rows]
-    common = ((rows == aligned[:num_rows]) & within).long().cumprod(dim=-1).sum(dim=-1).flatten()
+    alike = (rows == aligned[:num_rows]) & inside[num_rows:].unflatten(0, (-1, num_rows)) & inside[:num_rows]
+    shown = torch.tensor(list(as_given), device=input_ids.device)[:, None, None]
+    alike &= shown | (visual[:num_rows].cumsum(dim=1) == 0)
+    common = alike.long().cumprod(dim=-1).sum(dim=-1).flatten()
     own = length - starts[num_rows:]
     suffix = (own - torch.minimum(common, own - 1)).max()
-    visual = torch.isin(input_ids[num_rows:], torch.tensor(list(visual_ids), device=input_ids.device)) & mask[num_rows:]
-    last_visual = length - (visual * (columns + 1)).max()
-    num, after_images = torch.stack([suffix, last_visual]).tolist()
-    return int(num) if num <= min(after_images, length // 2) else None
+    # Columns behind the last feature of each row; behind the last one of all.
+    after_images = (own - (visual[num_rows:] * (columns + 1)).amax(dim=1)).min()
+    num, free, widest = torch.stack([suffix, after_images, own.max()]).tolist()
+    if num <= min(free, length // 2):
+        return int(num), True
+    return (int(widest), False) if widest <= length // 2 else None
 
 
 def can_share(cache: Cache) -> bool:

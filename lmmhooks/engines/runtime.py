@@ -67,6 +67,8 @@ class Runtime:
         """Runs the encoder instead of a plain call: decoding branches encode several variants of an image at once."""
         self.answering: AnswerEngine | None = None
         """Answers prompts in the place of a plain ``generate``: a method that asks several times."""
+        self.hears_first_scores: Callable[[Tensor], None] | None = None
+        """Told the scores ``[B, vocabulary]`` of a first token as a decoding method makes them, before its cut."""
         self.listeners: Mapping[int, Callable[[AttentionCall], AttentionResult]] = {}
         """Decoder layers whose attention calls somebody answers while no prompt is followed."""
         self.row_keepers: list[RowKeeper] = []

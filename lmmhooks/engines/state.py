@@ -202,6 +202,7 @@ class PromptState:
     def append_blocks(self, num: int) -> None:
         """As many more blocks of rows, which read the same tokens as the first, go on with it."""
         self.blocks += num
+        self._layout = Layout.stack([self.layout] * self.blocks)
         for stage in self.stages:
             stage.layout = Layout.stack([stage.layout] * self.blocks)
             for name in ("index", "mask", "removed", "shift"):

@@ -14,6 +14,7 @@ from jinja2 import TemplateError
 from lmmhooks.errors import MethodError
 
 __all__ = [
+    "answer_ids",
     "content_pieces",
     "content_tokens",
     "has_pronoun",
@@ -127,6 +128,23 @@ def load_tagger() -> Any:
             f"tagging words needs spaCy and its model {TAGGER}, which cannot be loaded; install them with `pip install "
             f"spacy` and `python -m spacy download {TAGGER}`, or use words='content'"
         ) from None
+
+
+def answer_ids(encode: Callable[[str], Sequence[int]], word: str) -> list[int]:
+    """
+    Tokens with which an answer of one word may begin: the word, and the word after a space, where each is one token.
+
+    A tokenizer that splits the word gives its first token.
+
+    Parameters
+    ----------
+    encode
+        Text to ids, without special tokens.
+    word
+        Without spaces around it.
+    """
+    spellings = [list(encode(text)) for text in (word, f" {word}")]
+    return list(dict.fromkeys(ids[0] for ids in spellings if len(ids) == 1)) or spellings[0][:1]
 
 
 def content_tokens(tokenizer: Any, ids: Sequence[int], find: Callable[[str], Iterable[tuple[int, int]]]) -> list[bool]:

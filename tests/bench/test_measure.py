@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import lmmhooks
+from lmmhooks.bench.branching import naive_loop, read_branches, suffix_pass
 from lmmhooks.bench.measure import measure_disabled, measure_variant
 from lmmhooks.bench.memory import peak_bytes
 from lmmhooks.bench.passes import timed_pass
@@ -113,7 +114,7 @@ def test_attention_variant(model, prompt) -> None:
     assert cost.kinds == ["attention"]
     assert set(cost.ratios) == {"vision", "decoder", "prefill", "decode"}
     assert all(0 < one.low <= one.median <= one.high for one in cost.ratios.values())
-    assert (cost.over_limit, cost.over_two_passes) == (None, None)
+    assert (cost.over_limit, cost.over_suffixes, cost.over_naive) == (None, None, None)
     assert (cost.flops_ratio, cost.kv_ratio, cost.average_visual) == (1.0, 1.0, 64.0)
     # Explicit rows have to be kept somewhere, and the meter sees them.
     assert cost.peak_bytes > cost.peak_bytes_plain > 0
@@ -133,11 +134,73 @@ def test_reduction_variant_has_a_limit(model, prompt) -> None:
     assert "decode" not in cost.ratios
 
 
-def test_branches_are_held_against_two_passes(model, prompt) -> None:
+def test_branches_are_held_against_suffixes_and_the_naive_loop(model, prompt) -> None:
     cost = measure_variant(model, prompt, ["vcd"], repeat=2, decode_tokens=2)
-    assert cost.over_two_passes is not None
-    assert cost.over_two_passes.median > 0
+    assert cost.over_suffixes is not None
+    assert cost.over_naive is not None
+    assert cost.over_suffixes.median > 0
+    assert cost.over_naive.median > 0
     assert (cost.branches, cost.flops_ratio) == (2, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        # Of 80 tokens the 15 before the image are those of the main rows.
+        ("vcd", [(80, 0, 1), (80, 15, 1)]),
+        ("m3id", [(80, 0, 1), (16, 15, 1)]),
+        ("vdd(token=3)", [(80, 0, 1), (16, 15, 1), (17, 15, 1)]),
+        ("damro(topk=4)", [(80, 0, 1), (20, 15, 1)]),
+        ("icd(disturbance=(5, 6, 7))", [(80, 0, 1), (83, 79, 1)]),
+        ("avisc", [(80, 0, 1), (80, 15, 1)]),
+        # It hides visual tokens from layer 2 of 4 on, and asks about layer 1.
+        ("sid", [(80, 0, 1), (80, 15, 0.75)]),
+    ],
+)
+def test_what_branches_have_to_read(model, prompt, method, expected) -> None:
+    with lmmhooks.wrap(model, method) as patch:
+        found = read_branches(patch.family, patch.methods[0], prompt)
+    assert [(one.embeds.shape[1], one.shared, one.layers) for one in found] == expected
+    assert {one.embeds.shape[0] for one in found} == {2}
+
+
+def test_the_naive_loop_gives_the_same_answer_again(model, prompt, monkeypatch) -> None:
+    """It decodes the real branches; a second run starts where the first did."""
+    with lmmhooks.wrap(model, "vcd(beta=0)") as patch:
+        readings = read_branches(patch.family, patch.methods[0], prompt)
+        expected = model.generate(**prompt.inputs, max_new_tokens=4)[:, -4:]
+    seen: list[torch.Tensor] = []
+    embedding = model.get_input_embeddings()
+    hook = embedding.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    loop = naive_loop(resolve(model), readings, 3)
+    assert loop() > 0
+    assert loop() > 0
+    hook.remove()
+    # Two branches are weighted 2 and -1, as VCD does.
+    assert torch.equal(torch.cat(seen[:3], dim=1), expected[:, :3])
+    assert torch.equal(torch.cat(seen[3:], dim=1), expected[:, :3])
+
+
+def test_suffixes_are_read_behind_what_is_shared(model, prompt) -> None:
+    with lmmhooks.wrap(model, "m3id") as patch:
+        readings = read_branches(patch.family, patch.methods[0], prompt)
+    read: list[tuple[int, int]] = []
+    family = resolve(model)
+    hook = family.text_model.register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(
+            (kwargs["inputs_embeds"].shape[1], kwargs["past_key_values"].get_seq_length())
+        ),
+        with_kwargs=True,
+    )
+    assert suffix_pass(family, readings) > 0
+    hook.remove()
+    assert read == [(80, 0), (1, 15)]
+
+
+def test_beams_are_held_against_beams(model, prompt) -> None:
+    cost = measure_variant(model, prompt, ["opera"], repeat=2, decode_tokens=3, num_beams=2)
+    assert set(cost.ratios) == {"prefill", "decode"}
+    assert (cost.over_suffixes, cost.over_naive, cost.branches) == (None, None, 1)
 
 
 def test_disabled_leaves_the_model_unwrapped(model, prompt) -> None:

@@ -188,6 +188,19 @@ def test_beside_other_methods_branches_keep_a_forward_of_their_own(name, below):
     torch.testing.assert_close(logits, plain, atol=TOLERANCE, rtol=0)
 
 
+def test_rows_that_have_joined_are_counted_like_any():
+    zoo = build("llava")
+    inputs = zoo.inputs(batch=2, text=4)
+    found = []
+    for method in (Shown(), Shown(after_main=True)):
+        with lmmhooks.wrap(zoo.model, method) as patch, torch.no_grad():
+            zoo.model(**inputs)
+            found.append(patch.stats)
+    assert found[1].kv_bytes == 2 * found[1].kv_bytes_full > 0
+    assert found[1].prefill_flops == pytest.approx(2 * found[1].prefill_flops_full)
+    assert found[0].layers == found[1].layers
+
+
 def test_attention_to_tokens_that_have_left_is_zero():
     zoo = build("llava")
     inputs = zoo.inputs(batch=2)

@@ -12,12 +12,12 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import lmmhooks
-from lmmhooks.engines import decoding as engine
-from lmmhooks.engines.prefix_sharing import can_share, prefix_cache, suffix_length
+from lmmhooks.engines import branch_forwards
+from lmmhooks.engines.prefix_sharing import can_share, columns_to_read, prefix_cache
 from lmmhooks.methods.decoding.base import Branch, DecodingMethod
 from lmmhooks.methods.decoding.context import BranchContext
-from lmmhooks.methods.decoding.view import StepView
-from tests.zoo import FAMILIES, IMAGE, build
+from lmmhooks.methods.decoding.view import ImageView, StepView
+from tests.zoo import FAMILIES, IMAGE, build, images_under_beams
 
 # float32 through four layers, a prompt read in one piece or in two, times weights of 2; largest difference seen: 2e-6.
 TOLERANCE = 5e-5
@@ -47,7 +47,7 @@ def whole(monkeypatch):
     """Have every branch read its whole prompt."""
 
     def read_whole():
-        monkeypatch.setattr(engine.SharedPrompt, "of", classmethod(lambda *args: None))
+        monkeypatch.setattr(branch_forwards.SharedPrompt, "of", classmethod(lambda *args: None))
 
     return read_whole
 
@@ -150,6 +150,64 @@ def test_without_a_cache_there_is_nothing_to_share():
     assert [rows for rows, _ in seen] == [8]
 
 
+@dataclass(frozen=True)
+class Shorter(DecodingMethod):
+    """A branch without image, one with a word in its place, and one with the first of its visual tokens."""
+
+    id: ClassVar[str] = "test-shorter"
+    shown: int = 1
+
+    def branches(self, family: Any) -> list[Branch]:
+        words = [Branch("none", image="none"), Branch("word", image="replaced")]
+        return [*words, Branch("first", image="replaced")] if self.shown else words
+
+    def replace_image(self, features: tuple[Tensor, ...], branch: Branch, image: ImageView) -> Any:
+        if branch.name == "word":
+            return torch.tensor([11])
+        return tuple(tensor[: self.shown] for tensor in features)
+
+    def weights(self, main: Tensor, others: Sequence[Tensor], step: int, view: StepView) -> Sequence[float]:
+        return [2.0, -0.75, -0.5, 0.25][: 1 + len(others)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("shown", [0, 1])
+@pytest.mark.parametrize("mode", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
+def test_branches_without_the_image_are_read_as_wide_as_they_are(family, shown, mode, whole):
+    zoo = build(family)
+    inputs = zoo.inputs(batch=2, images=images_under_beams(zoo.model, 3, 2), text=[2, 4])
+    seen, hook = decoder_widths(zoo)
+
+    def run():
+        with lmmhooks.wrap(zoo.model, Shorter(beta=0.0, shown=shown)) as patch:
+            settings = {"max_new_tokens": STEPS, "do_sample": False, "output_scores": True, **mode}
+            out = zoo.model.generate(**inputs, **settings, return_dict_in_generate=True)
+            return out, patch.stats.kv_bytes
+
+    out, held = run()
+    hook.remove()
+    rows, length = seen[0]
+    branch_rows, width = seen[1]
+    assert branch_rows == rows * (2 + bool(shown))
+    assert width <= length // 2
+    whole()
+    expected, everything = run()
+    assert torch.equal(out.sequences, expected.sequences)
+    torch.testing.assert_close(torch.stack(out.scores), torch.stack(expected.scores), atol=TOLERANCE, rtol=0)
+    assert held == everything
+
+
+def test_lazy_branches_without_the_image_are_not_padded_to_its_length():
+    zoo = build("llava")
+    inputs = zoo.inputs(batch=2)
+    seen, hook = decoder_widths(zoo)
+    with lmmhooks.wrap(zoo.model, Shorter(beta=1e-9, lazy=True)), torch.no_grad():
+        zoo.model(**inputs)
+    hook.remove()
+    text = int((inputs["input_ids"] != IMAGE)[0].sum())
+    assert seen == [(2, inputs["input_ids"].shape[1]), (6, text + 1)]
+
+
 # -- pieces ------------------------------------------------------------------------------------------------------------
 
 
@@ -162,17 +220,38 @@ def test_the_suffix_begins_where_the_first_branch_parts():
             [0, 0, 0, 1, IMAGE, 30, 31, 32],  # does not part: the last token is read again
         ]
     )
-    assert suffix_length(rows, rows != 0, 2, [IMAGE]) == 1
+
+    def found(ids):
+        return columns_to_read(rows, rows != 0, 2, ids, [True])
+
+    assert found([IMAGE]) == (1, True)
     rows[3] = torch.tensor([0, 0, 1, IMAGE, 30, 40, 31, 32])
-    assert suffix_length(rows, rows != 0, 2, [IMAGE]) == 3
+    assert found([IMAGE]) == (3, True)
     rows[3] = torch.tensor([0, 0, 0, 1, IMAGE, 30, 30, 32])
-    assert suffix_length(rows, rows != 0, 2, [IMAGE]) == 2
+    assert found([IMAGE]) == (2, True)
     # An image among what would have to be read.
     rows[3] = torch.tensor([0, 0, 1, 30, 31, 32, 33, IMAGE])
-    assert suffix_length(rows, rows != 0, 2, [IMAGE]) is None
+    assert found([IMAGE]) is None
     # More than half.
     rows[3] = torch.tensor([0, 0, 1, 41, 42, 30, 31, 32])
-    assert suffix_length(rows, rows != 0, 2, []) is None
+    assert found([]) is None
+
+
+def test_branches_that_show_something_else_part_at_the_first_image():
+    main = [1, IMAGE, IMAGE, IMAGE, IMAGE, IMAGE, 20, 21]
+    without, replaced = [0, 0, 0, 0, 0, 1, 20, 21], [0, 0, 0, 0, 1, IMAGE, 20, 21]
+
+    def found(*branches, as_given=False):
+        rows = torch.tensor([main, *branches])
+        return columns_to_read(rows, rows != 0, 1, [IMAGE], [as_given] * len(branches))
+
+    assert found(without) == (2, True)
+    # Its image is another one, whatever stands for it: the whole prompt is read, if that is short.
+    assert found(replaced) == (4, False)
+    assert found(without, replaced) == (4, False)
+    assert found([0, 0, 0, 1, IMAGE, IMAGE, 20, 21]) is None
+    assert found(main) is None
+    assert found(main, as_given=True) == (1, True)
 
 
 def test_keys_of_a_token_are_taken_from_where_it_stands_in_the_main_row():

@@ -9,7 +9,8 @@ import torch
 from transformers import CLIPVisionConfig, DynamicCache, LlamaConfig, LlavaConfig, Qwen2_5_VLConfig
 
 from lmmhooks import cost
-from lmmhooks_eval.accounting import MemoryMeter, TokenClock, kv_cache_bytes
+from lmmhooks.metering import TokenClock, kv_cache_bytes
+from lmmhooks_eval.accounting import MemoryMeter
 from lmmhooks_eval.costs import summarise
 from lmmhooks_eval.effect import dense_effect
 from tests.eval.runs import answer, documents

@@ -49,7 +49,7 @@ def test_other_tables_are_complete(run: Path) -> None:
     assert [row[0].text for row in costs.rows] == ["baseline", "v", "<b>w"]
     assert {len(row) for row in costs.rows} == {len(costs.columns)}
     shown = metrics_table("scenes-pope", task)
-    assert len(shown.rows) == 20  # five figures for three splits and their means
+    assert len(shown.rows) == 24  # six figures for three splits and their means
     assert {len(row) for row in shown.rows} == {4}
 
 

@@ -109,8 +109,9 @@ def test_an_image_is_described_once_for_all_questions():
                 counts.append(len(passes))
     finally:
         hook.remove()
-    assert counts[1] == 1
-    assert min(counts[0], counts[2]) > 1
+    # The main rows, and the branch that reads the description, which is much shorter.
+    assert counts[1] == 2
+    assert min(counts[0], counts[2]) > 2
 
 
 def test_divergence():

@@ -15,11 +15,12 @@ from typing import Any, Literal
 import numpy as np
 
 from lmmhooks_eval.metrics.ratio import ratio
-from lmmhooks_eval.task import Metric, Parsed
+from lmmhooks_eval.task import AnswerWords, Metric, Parsed
 
 __all__ = [
     "PARSERS",
     "POPE_SPLITS",
+    "WORDS",
     "aggregate",
     "gold_substring",
     "is_yes_or_no",
@@ -35,6 +36,9 @@ __all__ = [
 
 POPE_SPLITS = ("random", "popular", "adversarial")
 """How negatives are drawn: evenly, by frequency, by co-occurrence with what is in the picture."""
+
+WORDS = AnswerWords("Yes", "No", lambda doc: bool(doc["label"] == "yes"), lambda doc: str(doc["split"]))
+"""The first token decides between these; other spellings (yes, YES) are what a model writes that was asked for them."""
 
 Verdict = Literal["yes", "no"]
 _PLAIN = re.compile(r"(yes|no)\b", re.IGNORECASE)
@@ -129,6 +133,7 @@ def score(verdict: Verdict | None, label: Verdict, split: str) -> dict[str, floa
 
 _PER_SPLIT: Sequence[tuple[str, Literal["higher", "neither"]]] = (
     ("accuracy", "higher"),
+    ("balanced_accuracy", "higher"),
     ("f1", "higher"),
     ("precision", "higher"),
     ("recall", "higher"),
@@ -145,8 +150,8 @@ def metrics(splits: Sequence[str]) -> tuple[Metric, ...]:
 
 def aggregate(totals: Mapping[str, np.ndarray], splits: Sequence[str]) -> dict[str, np.ndarray]:
     """
-    Accuracy, precision, recall, F1 and share of predicted yes, per split and as the mean over the splits that have
-    answers.
+    Accuracy, balanced accuracy (mean of the shares of yes and of no that are answered right), precision, recall, F1 and
+    share of predicted yes, per split and as the mean over the splits that have answers.
 
     The mean of the three F1 values is what "POPE 85.9" of LLaVA-1.5 refers to. Precision, recall and F1 are 0 where
     nothing was predicted or nothing is there.
@@ -165,6 +170,7 @@ def aggregate(totals: Mapping[str, np.ndarray], splits: Sequence[str]) -> dict[s
         precision, recall = ratio(tp, tp + fp), ratio(tp, tp + fn)
         result |= {
             f"{split}/accuracy": ratio(tp + tn, n),
+            f"{split}/balanced_accuracy": (recall + ratio(tn, n - tp - fn)) / 2,
             f"{split}/f1": ratio(2 * precision * recall, precision + recall),
             f"{split}/precision": precision,
             f"{split}/recall": recall,

@@ -136,6 +136,7 @@ def _at(data: DataPlan) -> Task:
         generation={"max_new_tokens": 128, "do_sample": False},
         cluster=lambda doc: str(doc["image"]),
         stratum=lambda doc: f"{doc['split']}/{doc['label']}",
+        answer_words=yesno.WORDS,
         at=_at,
     )
 

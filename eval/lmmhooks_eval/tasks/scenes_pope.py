@@ -35,4 +35,5 @@ TASK = Task(
     generation={"max_new_tokens": 4, "do_sample": False},
     cluster=scenes.image_cluster,
     stratum=lambda doc: f"{doc['split']}/{doc['label']}",
+    answer_words=yesno.WORDS,
 )

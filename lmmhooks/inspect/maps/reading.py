@@ -18,7 +18,7 @@ from lmmhooks.inspect.maps.replay import Replay
 from lmmhooks.inspect.maps.states import NormedStates
 from lmmhooks.layout import Layout, Segment, VisualSpan
 from lmmhooks.patch import wrap
-from lmmhooks.prompting import build_batch, build_inputs
+from lmmhooks.prompting import Prompter, build_inputs
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -218,7 +218,8 @@ class Passes:
         found = []
         for start in range(0, len(pictures), batch):
             shown = [[*self.images[:image], one, *self.images[image + 1 :]] for one in pictures[start : start + batch]]
-            inputs = build_batch(self.processor, shown, [self.prompt] * len(shown), weight.device, weight.dtype)
+            prompts = [self.prompt] * len(shown)
+            inputs = Prompter(self.processor).inputs(shown, prompts, weight.device, weight.dtype)
             replay = Replay(self.model, inputs)
             with torch.no_grad():
                 steps = [replay.read()]

@@ -283,7 +283,7 @@ class DecodingMethod(Method):
             float32 ``[B, vocabulary]``, at least one finite entry per row.
         """
         weights = self.weights(main, others, step, view) if others else [1.0]
-        return contrast([main, *others], weights, self.keep(main))
+        return contrast([main, *others], weights, view.cut(self.keep(main)))
 
     def transform_pixels(
         self, pixels: Tensor, branch: Branch, generator: torch.Generator, context: BranchContext

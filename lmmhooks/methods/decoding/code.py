@@ -118,4 +118,4 @@ class Code(DecodingMethod):
         divergence = bounded_divergence(main, other, self.power)
         probability = main.softmax(dim=-1)
         keep = probability >= divergence * probability.amax(dim=-1, keepdim=True)
-        return contrast([main, other], [2 - divergence, divergence - 1], keep)
+        return contrast([main, other], [2 - divergence, divergence - 1], view.cut(keep))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -13,6 +14,7 @@ from lmmhooks.methods.base import Method, setting
 from lmmhooks.methods.decoding.base import Branch, DecodingMethod
 from lmmhooks.methods.decoding.context import token_ids
 from lmmhooks.methods.decoding.view import StepView
+from lmmhooks.methods.words import answer_ids
 
 __all__ = ["AnswerControl", "ControlOf", "word_ids"]
 
@@ -114,15 +116,10 @@ class AnswerControl(DecodingMethod):
 
 
 def word_ids(method: Method, word: str | int, view: StepView) -> list[int]:
-    """
-    Tokens with which an answer of one word may begin: the word, and the word after a space, where each is one token.
-
-    A tokenizer that splits the word gives its first token.
-    """
+    """Tokens with which an answer of one word may begin, see `lmmhooks.methods.words.answer_ids`."""
     if isinstance(word, int):
         return [word]
     known: dict[str, list[int]] = view.memory.setdefault("word_ids", {})
     if word not in known:
-        spellings = [token_ids(method, text, view.processor) for text in (word, f" {word}")]
-        known[word] = list(dict.fromkeys(ids[0] for ids in spellings if len(ids) == 1)) or spellings[0][:1]
+        known[word] = answer_ids(partial(token_ids, method, processor=view.processor), word)
     return known[word]

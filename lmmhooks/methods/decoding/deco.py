@@ -140,8 +140,8 @@ class Deco(DecodingMethod):
     def combine(self, main: Tensor, others: Sequence[Tensor], step: int, view: StepView) -> Tensor:
         keep = self.keep(main)
         if not self.alpha:
-            return contrast([main], [1.0], keep)
+            return contrast([main], [1.0], view.cut(keep))
         assert self.layers is not None, "filled in by bind"
         early = view.early_logits(self.layers, normed=True).to(main.device)
         layer, confidence = surest_layer(early, keep)
-        return contrast([main, chosen(early, layer)], [1.0, self.alpha * confidence[:, None]], keep)
+        return contrast([main, chosen(early, layer)], [1.0, self.alpha * confidence[:, None]], view.cut(keep))

@@ -78,4 +78,4 @@ class Dola(DecodingMethod):
         keep = self.keep(main)
         if keep is not None:
             main, premature = main.log_softmax(dim=-1), premature.log_softmax(dim=-1)
-        return contrast([main, premature], [1.0, -1.0], keep)
+        return contrast([main, premature], [1.0, -1.0], view.cut(keep))

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from lmmhooks.methods.base import setting
-from lmmhooks.methods.decoding.base import Branch, DecodingMethod, plausible
+from lmmhooks.methods.decoding.base import Branch, DecodingMethod, contrast, plausible
 from lmmhooks.methods.decoding.context import BranchContext
 from lmmhooks.methods.decoding.prompts import question_span
 from lmmhooks.methods.decoding.view import StepView
@@ -122,7 +122,7 @@ class Inter(DecodingMethod):
         gated = variance(dividend, chosen) > self.tau
         if self.prior == "softmax":
             dividend = dividend.masked_fill(~chosen, -math.inf).log_softmax(dim=-1).masked_fill(~chosen, 0)
-        guided = (main + self.alpha * dividend).masked_fill(~chosen, -math.inf)
+        guided = contrast([main, dividend], [1.0, self.alpha], view.cut(chosen))
         return torch.where(gated, guided, main)
 
     def edit_tokens(self, tokens: Tensor, branch: Branch, context: BranchContext) -> Tensor:

@@ -61,6 +61,8 @@ class StepView:
         Private to the method and emptied at every new prompt; what `DecodingMethod.edit_tokens` left there included.
     processor
         That was given to ``wrap``; None without one.
+    cuts
+        False where scores are wanted as they are before the plausibility cut: see `cut`.
     """
 
     family: Any
@@ -70,6 +72,16 @@ class StepView:
     is_visual: Mapping[int, Tensor]
     memory: dict[Any, Any]
     processor: Any = None
+    cuts: bool = True
+
+    def cut(self, keep: Tensor | None) -> Tensor | None:
+        """
+        The tokens outside of which scores become -inf: ``keep``, or None where nothing is to be cut.
+
+        Every `DecodingMethod.combine` asks here last, so that what a method says of tokens it drops can be seen too:
+        how sure it is of an answer cannot be told from scores most of which are -inf.
+        """
+        return keep if self.cuts else None
 
     def early_logits(self, layers: Sequence[int], normed: bool) -> Tensor:
         """
