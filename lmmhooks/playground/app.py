@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -17,13 +18,14 @@ from lmmhooks.comparison import Comparison
 from lmmhooks.playground import rendering
 from lmmhooks.playground.choices import Choice, Dial, choices, dials, names, picked, turned
 from lmmhooks.playground.examples import examples
-from lmmhooks.playground.session import Progress, Session, sentence
+from lmmhooks.playground.session import Session, sentence
 
 __all__ = ["application", "build"]
 
 FONTS = ("system-ui", "sans-serif")
 MONOSPACE = ("ui-monospace", "monospace")
 HOUR = 3600
+HINT = "Choose a scene or drop a picture, pick methods, and ask: the answers appear here, side by side."
 
 
 def application(session: Session, port: int) -> FastAPI:
@@ -37,7 +39,13 @@ def application(session: Session, port: int) -> FastAPI:
     port
         On which it is going to be served.
     """
-    theme = gr.themes.Base(font=FONTS, font_mono=MONOSPACE)
+    # Names of fonts that systems have; gradio's own themes ask a font service. Its small print is too pale to read.
+    theme = gr.themes.Base(font=FONTS, font_mono=MONOSPACE).set(
+        body_text_color_subdued="*neutral_600",
+        body_text_color_subdued_dark="*neutral_300",
+        block_info_text_color="*neutral_600",
+        block_info_text_color_dark="*neutral_300",
+    )
     return gr.mount_gradio_app(
         FastAPI(docs_url=None, redoc_url=None, openapi_url=None),
         build(session),
@@ -64,11 +72,12 @@ def build(session: Session) -> gr.Blocks:
             with gr.Column(scale=2, min_width=300):
                 controls = _controls(session, offered)
             with gr.Column(scale=3, min_width=300):
-                answers = gr.HTML(elem_id="answers", value="", label="Answers")
+                answers = gr.HTML(f"<p class='lmm-soft'>{HINT}</p>", elem_id="answers", label="Answers")
                 with gr.Accordion("Report: maps per token, curves, differences, cost", open=False):
-                    report = gr.HTML(elem_id="report", value="")
+                    report = gr.HTML("", elem_id="report")
                     file = gr.DownloadButton("Save the report", interactive=False)
-        _wire(session, controls, answers, report, file)
+                about = gr.HTML("", elem_id="about")
+        _wire(session, offered, controls, _Outputs(answers, report, file, about))
     return page
 
 
@@ -80,55 +89,76 @@ def _described(session: Session) -> str:
     return f"{family.name}, {family.num_layers} layers{tokens}, {kind}, {weight.device}"
 
 
+@dataclass(frozen=True)
+class _Outputs:
+    """What the page shows."""
+
+    answers: gr.HTML
+    report: gr.HTML
+    file: gr.DownloadButton
+    about: gr.HTML
+
+
+@dataclass(frozen=True)
 class _Controls:
     """The inputs of the page."""
 
     image: gr.Image
     question: gr.Textbox
+    scenes: gr.Gallery
     chosen: gr.Dropdown
     methods: gr.Textbox
-    about: gr.HTML
     drawn: gr.State
+    """The text that the sliders were drawn for; they stay while one of them changes the text."""
     length: gr.Slider
     ask: gr.Button
     stop: gr.Button
 
 
 def _controls(session: Session, offered: list[Choice]) -> _Controls:
-    controls = _Controls()
-    controls.image = gr.Image(
-        label="Image", type="pil", image_mode="RGB", sources=["upload", "clipboard"], height=260, elem_id="image"
+    image = gr.Image(
+        label="Image", type="pil", image_mode="RGB", sources=["upload", "clipboard"], height=240, elem_id="image"
     )
-    controls.question = gr.Textbox(label="Question", lines=1, max_lines=4, elem_id="question")
-    shown = [list(example) for example in examples()]
-    gr.Examples(shown, [controls.image, controls.question], label="Bundled scenes", cache_examples=False)
-    controls.chosen = gr.Dropdown(
+    scenes = gr.Gallery(
+        [(example.image, example.question) for example in examples()],
+        label="Bundled scenes",
+        show_label=False,
+        elem_id="scenes",
+        columns=3,
+        object_fit="cover",
+        allow_preview=False,
+        interactive=False,
+        buttons=[],
+    )
+    question = gr.Textbox(label="Question", lines=1, max_lines=4, elem_id="question")
+    chosen = gr.Dropdown(
         [(each.label, each.id) for each in offered], multiselect=True, label="Methods", elem_id="chosen"
     )
-    controls.about = gr.HTML(value="", elem_id="about")
-    controls.methods = gr.Textbox(
+    methods = gr.Textbox(
         label="As they run",
         info="name(setting=value), joined by ' + '; every setting may be written here.",
         lines=2,
         elem_id="methods",
     )
-    controls.drawn = gr.State("")
+    drawn = gr.State("")
 
-    @gr.render(inputs=[controls.drawn])
+    @gr.render(inputs=[drawn])
     def sliders(text: str) -> None:
         for dial in dials(text, session.family):
-            _slider(dial, controls.methods)
+            _slider(dial, methods)
 
-    controls.length = gr.Slider(1, 512, value=64, step=1, label="Longest answer, tokens")
+    length = gr.Slider(1, 512, value=64, step=1, label="Longest answer, tokens")
     with gr.Row():
-        controls.ask = gr.Button("Ask", variant="primary", elem_id="ask")
-        controls.stop = gr.Button("Stop", elem_id="stop")
-    return controls
+        ask = gr.Button("Ask", variant="primary", elem_id="ask", min_width=100)
+        stop = gr.Button("Stop", elem_id="stop", min_width=100)
+    return _Controls(image, question, scenes, chosen, methods, drawn, length, ask, stop)
 
 
 def _slider(dial: Dial, methods: gr.Textbox) -> None:
     label = f"{dial.method}: {dial.setting}"
-    slider = gr.Slider(dial.low, dial.high, value=dial.value, step=dial.step, label=label, info=dial.help)
+    slider = gr.Slider(
+        dial.low, dial.high, value=dial.value, step=dial.step, label=label, info=dial.help, interactive=True
+    )
 
     def turn(text: str, value: float) -> str:
         try:
@@ -148,9 +178,8 @@ def _slider(dial: Dial, methods: gr.Textbox) -> None:
     )
 
 
-def _wire(session: Session, controls: _Controls, answers: gr.HTML, report: gr.HTML, file: gr.DownloadButton) -> None:
+def _wire(session: Session, offered: list[Choice], controls: _Controls, outputs: _Outputs) -> None:
     """What happens on a click."""
-    offered = choices(session.family)
     folder = tempfile.TemporaryDirectory(prefix="lmmhooks-")
 
     def pick(text: str, wanted: list[str]) -> tuple[str, str, str]:
@@ -162,33 +191,36 @@ def _wire(session: Session, controls: _Controls, answers: gr.HTML, report: gr.HT
         return found, text, _about(found, offered)
 
     def ask(image: Any, question: str, methods: str, length: int) -> Iterator[tuple[Any, ...]]:
-        yield rendering.cards(Progress(), methods), "", gr.DownloadButton(interactive=False)
+        empty = "", gr.DownloadButton(interactive=False)
         try:
             for progress in session.ask(image, question, methods, int(length)):
-                shown = rendering.cards(progress, methods)
-                if progress.comparison is None:
-                    yield shown, gr.skip(), gr.skip()
-                else:
-                    yield shown, *_report(progress.comparison, Path(folder.name))
+                found = progress.comparison
+                report = empty if found is None else _report(found, Path(folder.name))
+                yield rendering.cards(progress, methods), *report
         except Exception as error:
-            yield rendering.problem(sentence(error)), "", gr.DownloadButton(interactive=False)
+            yield rendering.problem(sentence(error)), *empty
 
-    quiet: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+    def take(event: gr.SelectData) -> tuple[Any, str]:
+        return tuple(examples()[event.index])
+
+    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+    controls.scenes.select(take, None, [controls.image, controls.question], **quiet)
     controls.chosen.input(
-        pick, [controls.methods, controls.chosen], [controls.methods, controls.drawn, controls.about], **quiet
+        pick, [controls.methods, controls.chosen], [controls.methods, controls.drawn, outputs.about], **quiet
     )
     for event in (controls.methods.submit, controls.methods.blur):
-        event(rewritten, controls.methods, [controls.chosen, controls.drawn, controls.about], **quiet)
+        event(rewritten, controls.methods, [controls.chosen, controls.drawn, outputs.about], **quiet)
     gr.on(
         [controls.ask.click, controls.question.submit],
         ask,
         [controls.image, controls.question, controls.methods, controls.length],
-        [answers, report, file],
+        [outputs.answers, outputs.report, outputs.file],
         show_progress="minimal",
         concurrency_limit=1,
         api_visibility="private",
     )
-    controls.stop.click(session.stop, **quiet)
+    # Beside the queue, in which the question it ends may be waiting for its turn.
+    controls.stop.click(session.stop, queue=False, **quiet)
 
 
 def _about(chosen: list[str], offered: list[Choice]) -> str:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import floor, isfinite, log10
+from inspect import get_annotations
+from math import ceil, floor, isfinite, log10
 from typing import Any
 
 from lmmhooks.cli.catalogue import describe_methods, support_matrix
@@ -23,7 +24,7 @@ __all__ = ["Choice", "Dial", "choices", "dials", "names", "picked", "read", "tur
 KEEP = 0.5
 """Share of the visual tokens that a reducer starts with where its budget has no default."""
 MOST_DIALS = 3
-"""Of one method; the others of its settings are changed in the text. Method files name the decisive ones first."""
+"""Of one method, its own settings before those of its kind; all others are changed in the text."""
 STEPS = 100
 """In which the limit of a setting is looked for; none is declared in a form that a program could read."""
 
@@ -169,8 +170,10 @@ def dials(text: str, family: Family) -> list[Dial]:
 
 def _dials_of(place: int, each: Method, family: Family) -> list[Dial]:
     published = each.defaults_for(family)
+    settings = each.hyperparameters()
     found = []
-    for name, about in each.hyperparameters().items():
+    for name in sorted(settings, key=lambda name: (name != "keep", _depth(type(each), name))):
+        about = settings[name]
         value = getattr(each, name)
         value = published.get(name) if value is None else value
         span = _span(each, name, value, about.default, family)
@@ -178,6 +181,12 @@ def _dials_of(place: int, each: Method, family: Family) -> list[Dial]:
             low, high, step = span
             found.append(Dial(place, each.id, name, about.help, value, min(low, value), max(high, value), step))
     return found[:MOST_DIALS]
+
+
+def _depth(cls: type[Method], name: str) -> int:
+    """How many classes above a method's own its setting was declared."""
+    declared = (depth for depth, parent in enumerate(cls.__mro__) if name in get_annotations(parent))
+    return next(declared, len(cls.__mro__))
 
 
 def _span(each: Method, name: str, value: Any, default: Any, family: Family) -> tuple[float, float, float] | None:
@@ -191,7 +200,11 @@ def _span(each: Method, name: str, value: Any, default: Any, family: Family) -> 
     share = abs(usual) <= 1 and not _allows(each, name, 1.0 + 1e-6)
     high = _reached(each, name, value, 1.0 if share else 2.0 * max(abs(usual), 0.5))
     low = _reached(each, name, value, 0.0)
-    return (low, high, 10.0 ** floor(log10((high - low) / 50))) if low < high else None
+    if low >= high:
+        return None
+    step = 10.0 ** floor(log10((high - low) / 50))
+    # Onto the grid of the steps, on which a slider counts from its lowest value.
+    return round(ceil(low / step - 1e-6) * step, 9), round(floor(high / step + 1e-6) * step, 9), step
 
 
 def _reached(each: Method, name: str, value: float, end: float) -> float:

@@ -18,7 +18,7 @@ __all__ = ["Heat", "cards", "cost_rows", "overlay", "problem"]
 
 LEAST, MOST = 448, 896
 """Longer side of a picture, in pixels: small scenes are enlarged, so that cells can be told apart, photos shrink."""
-OPACITY = 0.65
+OPACITY = 0.75
 GREY = (128, 128, 128)
 MIB = 1 << 20
 
@@ -82,7 +82,7 @@ def overlay(image: Image.Image, heat: Heat, top: float) -> Image.Image:
     smooth = np.asarray(light)
     colours = np.asarray(colormaps["inferno"](smooth))[..., :3] * 255
     # Where nothing is looked at the picture stays as it is.
-    alpha = OPACITY * np.sqrt(smooth)[..., None]
+    alpha = OPACITY * smooth[..., None]
     base = np.asarray(image.resize(size, Image.Resampling.LANCZOS), dtype=np.float64)
     mixed = Image.fromarray((base * (1 - alpha) + colours * alpha).round().astype(np.uint8))
 
@@ -118,8 +118,10 @@ def cards(progress: Progress, methods: str) -> str:
     """
     comparison = progress.comparison
     if comparison is None:
-        shown = [_Card("baseline", progress.baseline), _Card(methods, progress.patched)]
-        return render("playground.html.j2", cards=shown, cost=None, waiting=True, problem=None)
+        note = "stopped" if progress.stopped else ""
+        answers = (("baseline", progress.baseline), (methods, progress.patched))
+        shown = [_Card(title, text, note=note) for title, text in answers]
+        return render("playground.html.j2", cards=shown, cost=None, waiting=not progress.stopped, problem=None)
     heats = [Heat.of(run) for run in comparison.runs]
     top = _top(heats)
     shown = []

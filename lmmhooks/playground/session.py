@@ -56,11 +56,14 @@ class Progress:
         The answers so far.
     comparison
         Everything about both once they are complete, else None.
+    stopped
+        Whether the answers end here because somebody asked for it.
     """
 
     baseline: str = ""
     patched: str = ""
     comparison: Comparison | None = None
+    stopped: bool = False
 
 
 class Session:
@@ -106,8 +109,8 @@ class Session:
         Yields
         ------
         Progress
-            While text comes in, which it does not from beam search; the last one holds the comparison, unless `stop`
-            ended the answer before.
+            The first says that the question was taken; then while text comes in, which it does not from beam search.
+            The last one holds the comparison, unless `stop` ended the answer before.
 
         Raises
         ------
@@ -129,6 +132,8 @@ class Session:
         worker = threading.Thread(target=self._work, args=work, daemon=True)
         worker.start()
         try:
+            # From here on `stop` is heard.
+            yield Progress()
             yield from _follow(stream, events)
         finally:
             # Whoever listened may have gone before the end: nothing goes on in the background.
@@ -181,7 +186,7 @@ def _follow(stream: _Stream, events: Queue[Comparison | BaseException | None]) -
         if isinstance(result, BaseException):
             raise result
         texts = stream.texts if result is None else tuple(run.text for run in result.runs)
-        yield Progress(*texts, comparison=result)
+        yield Progress(*texts, comparison=result, stopped=result is None)
         return
 
 

@@ -51,9 +51,7 @@ def opened(visit, address, **kwargs):
 
 
 def ask(page, methods: str) -> None:
-    page.get_by_role("button", name=re.compile("Is there|What|Describe")).or_(
-        page.locator(".gallery-item, .example, tr.tr-body")
-    ).first.click()
+    page.locator("#scenes button").first.click()
     page.wait_for_function("document.querySelector('#question textarea').value.length > 0")
     page.locator("#methods textarea").fill(methods)
     page.locator("#ask").click()
@@ -104,9 +102,9 @@ def test_picking_a_method_writes_it_and_sliders_change_it(visit, address) -> Non
 @pytest.mark.parametrize(
     ("methods", "message"),
     [
-        ("fastv(keep=100000)", "more than the 49 visual tokens"),
+        ("fastv(keep=100000)", "more than the 64 visual tokens"),
         ("fastvv", "did you mean 'fastv'"),
-        ("<img src=x onerror=alert(1)>", "unknown method '<img src=x onerror=alert"),
+        ("<img src=x onerror=alert(1)>", "cannot read method '<img src=x onerror=alert(1)>'"),
         ("", "no method is picked"),
     ],
 )
@@ -143,6 +141,8 @@ def test_stop_leaves_the_model_free(visit, address) -> None:
     ask(seen.page, "mvp(caption_tokens=400)")
     seen.page.locator("[data-answer=baseline]").wait_for()
     seen.page.locator("#stop").click()
+    seen.page.get_by_text("stopped").first.wait_for()
+    assert seen.page.locator(".lmm-cost").count() == 0
     seen.page.locator("#methods textarea").fill("vcd")
     seen.page.locator("#ask").click()
     seen.page.locator(".lmm-cost").wait_for()

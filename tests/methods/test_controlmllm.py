@@ -257,6 +257,15 @@ def test_another_method_points_where_the_caller_does_not(models, picture, monkey
     assert float(inside.mean()) > float(plane.mean())
 
 
+def test_a_flat_map_leaves_the_model_alone(models, picture, monkeypatch):  # noqa: F811
+    model, _, processor = models
+    monkeypatch.setattr("lmmhooks.methods.refinement.saliency.Saliency.spread", 0.0)
+    spec = f"controlmllm(read_layers={LAYERS}, map='vicrop-rel(layer=3)')"
+    with lmmhooks.wrap(model, spec, processor=processor) as patch:
+        text = patch.answer(picture, PROMPT, max_new_tokens=4)
+    assert text == answer(model, processor, picture, PROMPT, max_new_tokens=4)
+
+
 def test_published_settings_by_family(models):  # noqa: F811
     model, _, processor = models
     with lmmhooks.wrap(model, "controlmllm(alpha=100.0)", processor=processor) as patch:

@@ -82,6 +82,8 @@ def test_cards_hold_both_answers_pictures_and_cost(comparison) -> None:
 def test_growing_answers_are_shown_as_they_are() -> None:
     html = cards(Progress("There is", ""), "vcd")
     assert "There is" in html
+    assert "stopped" not in html
+    assert "stopped" in cards(Progress("There is", "", stopped=True), "vcd")
     assert html.count('class="lmm-card"') == 2
     assert "<img" not in html
 

@@ -68,6 +68,7 @@ def test_stop_ends_the_answer_and_the_next_one_comes(session, scene) -> None:
             stopped = True
         last = progress
     assert last.comparison is None
+    assert last.stopped
     assert threading.active_count() <= session_thread
     again = list(session.ask(scene.image, scene.question, "vcd", max_new_tokens=2))
     assert again[-1].comparison is not None

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lmmhooks.geometry import Geometry
 from lmmhooks.methods.refinement.saliency import Saliency
-from lmmhooks.methods.words import listed_words
+from lmmhooks.methods.words import content_pieces, listed_words
 
 __all__ = ["SINK_FILTERS", "content_steps", "sinks", "without"]
 
@@ -24,12 +24,7 @@ SINK_FILTERS = ("none", "drop", "median")
 
 def content_steps(pieces: Sequence[str]) -> Tensor:
     """Bool ``[T]``: tokens that are part of a content word; all of them where there is no such word."""
-    spans = listed_words("".join(pieces))
-    found, start = [], 0
-    for piece in pieces:
-        stop = start + len(piece)
-        found.append(any(first < stop and start < last for first, last in spans))
-        start = stop
+    found = content_pieces(pieces, listed_words)
     return torch.tensor(found if any(found) else [True] * len(found))
 
 

@@ -175,7 +175,7 @@ class VlSam(LookAgain):
 
     def saliency(self, look: Look) -> Saliency:
         prompt = self.naming or look.prompt
-        reply = look.tell(prompt, max_new_tokens=self.max_new_tokens)
+        reply = look.tell(prompt, max_new_tokens=self.max_new_tokens, do_sample=False)
         named = content_pieces(reply.pieces, listed_words)
         # An answer such as "Yes." has no content word; then all that is text counts.
         wanted = [place for place, piece in enumerate(reply.pieces) if (named[place] if any(named) else piece.strip())]

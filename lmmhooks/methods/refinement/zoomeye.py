@@ -190,7 +190,7 @@ class ZoomEye(RefinementMethod):
         """Parts of the image in which the things a question is about were found; empty where the image will do."""
         cues = self._cues(look)
         root = tree((0, 0, *look.image.size), self.side or ANY_SIZE, self.split)
-        if self.view == "global" and len(cues) > 1 and self._will_do(look, root, cues):
+        if self.view == "global" and len(cues) > 1 and self._will_do(look, cues):
             return []
         alone = len(cues) == 1 and not cues[0].startswith("all ")
         deepest = min(root.max_depth, self.max_depth)
@@ -240,10 +240,10 @@ class ZoomEye(RefinementMethod):
         if self.cues == "question":
             return question_phrases(look.prompt)
         asked = [(NAMING.format(question), reply) for question, reply in self.examples]
-        reply = look.tell(NAMING.format(look.prompt), [], turns=asked, max_new_tokens=LONGEST)
+        reply = look.tell(NAMING.format(look.prompt), [], turns=asked, max_new_tokens=LONGEST, do_sample=False)
         return [cue for cue in cues_in(reply.text) if not has_pronoun(cue, tagged=self.pronouns == "tagged")]
 
-    def _will_do(self, look: Look, root: Node, cues: Sequence[str]) -> bool:
+    def _will_do(self, look: Look, cues: Sequence[str]) -> bool:
         """Whether some thing can be told from the whole image, small as the encoder's input."""
         side, enough = self.side or ANY_SIZE, self.threshold or 0.0
         small = shrunk(look.image, side)
