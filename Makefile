@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .PHONY: help env demo test lint types wheel-test support bench bench-attention bench-reduction bench-reduction-long bench-decoding results sweep \
-  docs clean
+  decoding-results docs clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -126,6 +126,23 @@ sweep: env ## run every reducer at equal budgets on the bundled models (about an
 	$(BIN)/python scripts/store_results.py runs/reduction-llava --out docs/results/reduction-tiny-llava.json
 	$(BIN)/lmmhooks run reduction-sweep-qwen --out runs/reduction-qwen --resume
 	$(BIN)/python scripts/store_results.py runs/reduction-qwen --out docs/results/reduction-tiny-qwen.json
+
+# Greedy, five beams, and sampled under three seeds that are read as one.
+KEEP = $(BIN)/python scripts/store_results.py --decoding
+SEEDS := 0 1 2
+
+decoding-results: env ## run all decoding methods and controls on the bundled models (hours on two cores), then run `make docs`
+	for name in llava qwen; do \
+	  case $$name in llava) suffix= ;; *) suffix=-$$name ;; esac; \
+	  $(BIN)/lmmhooks run decoding-controls$$suffix --out runs/decoding-$$name --resume && \
+	  $(KEEP) runs/decoding-$$name --out docs/results/decoding-tiny-$$name.json || exit 1; \
+	  for seed in $(SEEDS); do \
+	    $(BIN)/lmmhooks run decoding-controls-sampling$$suffix --set seed=$$seed \
+	    --out runs/decoding-sampling-$$name-$$seed --resume || exit 1; done; \
+	  $(KEEP) $(foreach seed,$(SEEDS),runs/decoding-sampling-$$name-$(seed)) \
+	  --out docs/results/decoding-tiny-$$name-sampling.json || exit 1; done
+	$(BIN)/lmmhooks run decoding-controls-beams --out runs/decoding-beams --resume
+	$(KEEP) runs/decoding-beams --out docs/results/decoding-tiny-llava-beams.json
 
 docs: env ## regenerate the tables of README.md and docs/ from their result files
 	$(BIN)/python docs/build.py

@@ -1,4 +1,8 @@
-"""Keep what a results page needs of a run: `python scripts/store_results.py RUN_DIR --out docs/results/NAME.json`."""
+"""
+Keep what a results page needs of a run: `python scripts/store_results.py RUN_DIR --out docs/results/NAME.json`.
+
+Several folders are runs of one recipe under several seeds; `--decoding` holds methods against controls of their run.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ import sys
 from pathlib import Path
 
 from lmmhooks_eval.errors import RecipeError
+from lmmhooks_eval.report.decoding import decoding_record
 from lmmhooks_eval.report.markdown import condensed
 from lmmhooks_eval.report.sweep import sweep_record
 from lmmhooks_eval.report.sweep_plot import sweep_plot
@@ -16,27 +21,36 @@ from lmmhooks_eval.store import ENVIRONMENT, read_config, write_atomically
 
 
 def main() -> None:
-    """Score the run anew and write its record; a run with problems is refused."""
+    """Score the runs anew and write their record; a run with problems is refused."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("run_dir", type=Path, nargs="+")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument(
         "--times", action="store_true", help="plot measured time instead of FLOPs (only for runs on an idle machine)"
     )
+    parser.add_argument("--decoding", action="store_true", help="runs of decoding methods and their controls")
     given = parser.parse_args()
-    environment = json.loads((given.run_dir / ENVIRONMENT).read_text(encoding="utf-8"))
+    first = given.run_dir[0]
+    if len(given.run_dir) > 1 and not given.decoding:
+        parser.error("several folders are read together with --decoding alone")
+    environment = json.loads((first / ENVIRONMENT).read_text(encoding="utf-8"))
     given.out.parent.mkdir(parents=True, exist_ok=True)
-    if read_config(given.run_dir).get("sweep"):
+    if given.decoding:
         try:
-            record = sweep_record(given.run_dir, environment)
+            record = decoding_record(given.run_dir, environment)
+        except RecipeError as error:
+            sys.exit(str(error))
+    elif read_config(first).get("sweep"):
+        try:
+            record = sweep_record(first, environment)
         except RecipeError as error:
             sys.exit(str(error))
         for name, task in record["tasks"].items():
             write_atomically(given.out.with_name(f"{given.out.stem}-{name}.svg"), sweep_plot(task, name, given.times))
     else:
-        metrics = score_run(given.run_dir)
+        metrics = score_run(first)
         if metrics["problems"]:
-            sys.exit(f"{given.run_dir} must not be published: {'; '.join(metrics['problems'])}")
+            sys.exit(f"{first} must not be published: {'; '.join(metrics['problems'])}")
         record = condensed(metrics, environment)
     write_atomically(given.out, json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     print(f"wrote {given.out}")

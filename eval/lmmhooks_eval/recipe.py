@@ -142,6 +142,9 @@ class Recipe(_Strict):
     )
     batch_size: int = Field(default=8, ge=1, le=4096)
     seed: int = Field(default=0, ge=0, description="Seed of sampling and of limited samples.")
+    documents_seed: int | None = Field(
+        default=None, ge=0, description="Seed of limited samples alone, to sample answers anew; unset: `seed`."
+    )
     self_test: int = Field(
         default=8, ge=0, description="Documents on which a patch that does nothing must change nothing; 0: skip."
     )

@@ -172,7 +172,8 @@ class Runner:
     # -- before the first answer ---------------------------------------------------------------------------------------
 
     def _items(self, plan: TaskPlan, task: Task) -> list[Item]:
-        docs = select(task, task.load(), plan.limit, self.recipe.seed)
+        seed = self.recipe.seed if self.recipe.documents_seed is None else self.recipe.documents_seed
+        docs = select(task, task.load(), plan.limit, seed)
         return [prepare(task, doc, self.processor, plan.prompt, self.recipe.system) for doc in docs]
 
     def _generation(self, plan: TaskPlan, task: Task) -> dict[str, Any]:

@@ -65,7 +65,7 @@ def test_tables_hold_every_variant_with_the_metrics_that_belong_beside(run: Path
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in rows}) == 1
     assert [re.match(r"\| `(\w+)`", line)[1] for line in rows[2:]] == ["baseline", "up", "down", "same"]
-    assert rows[0].endswith("| recall | f1 | yes_ratio |")
+    assert rows[0].endswith("| recall | precision | f1 | yes_ratio |")
     bold = {re.match(r"\| `(\w+)`", line)[1] for line in rows[2:] if "**" in line}
     assert bold == {"up", "down"}
 

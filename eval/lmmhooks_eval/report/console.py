@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from lmmhooks_eval.report.tables import Table, cost_table, headline, notes, paper_table
+from lmmhooks_eval.report.tables import Table, cost_table, headline, notes, paper_table, steps_table
 from lmmhooks_eval.report.view import RunView
 
 __all__ = ["print_report", "rich_table"]
@@ -25,11 +25,13 @@ def rich_table(table: Table) -> RichTable:
 
 
 def print_report(console: Console, view: RunView) -> None:
-    """Print the headline, paper and cost tables of every task, and how to read them."""
+    """Print the headline, paper, step and cost tables of every task, and how to read them."""
     for name, task in view.metrics["tasks"].items():
         console.print(rich_table(headline(name, task)))
         if (printed := paper_table(name, task)) is not None:
             console.print(rich_table(printed))
+        if (steps := steps_table(name, task)) is not None:
+            console.print(rich_table(steps))
         console.print(rich_table(cost_table(name, task)))
     for line in notes(view.metrics):
         console.print(Text(line, style="dim"))

@@ -14,7 +14,7 @@ from markupsafe import Markup
 from lmmhooks_eval.environment import now
 from lmmhooks_eval.errors import TaskError
 from lmmhooks_eval.report.plots import cost_quality_plot, difference_plot
-from lmmhooks_eval.report.tables import cost_table, headline, metrics_table, notes, paper_table
+from lmmhooks_eval.report.tables import cost_table, headline, metrics_table, notes, paper_table, steps_table
 from lmmhooks_eval.report.view import Example, RunView
 from lmmhooks_eval.store import write_atomically
 
@@ -51,6 +51,7 @@ def _run(view: RunView) -> dict[str, Any]:
                 "headline": headline(name, task),
                 "paper": paper_table(name, task),
                 "metrics": metrics_table(name, task),
+                "steps": steps_table(name, task),
                 "cost": cost_table(name, task),
                 "plots": _plots(f"{view.path}/{name}", task),
                 "examples": examples.get(name, []),

@@ -13,11 +13,11 @@ from typing import Any
 from lmmhooks_eval.recipe import BASELINE
 from lmmhooks_eval.report.tables import Cell, headline, metric_cell, notes
 
-__all__ = ["condensed", "results", "setting_line"]
+__all__ = ["BESIDE", "condensed", "results", "setting_line"]
 
 # What a first metric must not be read without: fewer hallucinations come free with shorter captions or lower recall,
 # and accuracy with a changed readiness to say yes.
-_BESIDE = ("chair_i", "recall", "length", "f1", "yes_ratio")
+BESIDE = ("auc", "chair_i", "recall", "precision", "length", "f1", "yes_ratio")
 _LEVEL = 0.05
 
 
@@ -69,7 +69,7 @@ def setting_line(environment: Mapping[str, Any]) -> str:
 
 def _table(name: str, task: Mapping[str, Any]) -> str:
     shown = headline(name, task)
-    beside = [metric for metric in _BESIDE if metric in task["metrics"] and metric != task["primary"]]
+    beside = [metric for metric in BESIDE if metric in task["metrics"] and metric != task["primary"]]
     # The headline's last column counts failures, of which a run that is published has none.
     header = [*shown.columns[:-1], *beside]
     rows = []

@@ -7,8 +7,21 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lmmhooks_eval.recipe import BASELINE
+from lmmhooks_eval.steps import USUAL_CUT
 
-__all__ = ["Cell", "Table", "cost_table", "headline", "metric_cell", "metrics_table", "notes", "paper_table"]
+__all__ = [
+    "STEP_COLUMNS",
+    "Cell",
+    "Table",
+    "cost_table",
+    "headline",
+    "metric_cell",
+    "metrics_table",
+    "notes",
+    "paper_table",
+    "step_cells",
+    "steps_table",
+]
 
 Tone = Literal["", "good", "bad"]
 NOTHING = "-"
@@ -48,7 +61,8 @@ def headline(name: str, task: Mapping[str, Any]) -> Table:
     """The primary metric of every variant: value, difference to the baseline, test, flips, answers that are missing."""
     metric = task["primary"]
     rows = []
-    for variant, figures in task["variants"].items():
+    # Controls that need no run of their own (the tuned offset) stand below those that were run.
+    for variant, figures in {**task["variants"], **task.get("controls", {})}.items():
         estimate = figures["metrics"].get(metric)
         test, flips = figures.get("test"), figures.get("flips")
         compared = variant != BASELINE and estimate is not None
@@ -72,7 +86,8 @@ def headline(name: str, task: Mapping[str, Any]) -> Table:
 
 def metric_cell(task: Mapping[str, Any], variant: str, metric: str) -> Cell:
     """One metric of one variant: with its interval for the baseline, else with its difference to the baseline."""
-    estimate = task["variants"][variant]["metrics"].get(metric)
+    figures = task["variants"].get(variant) or task["controls"][variant]
+    estimate = figures["metrics"].get(metric)
     if variant == BASELINE or estimate is None:
         return _value(estimate, task, metric)
     difference = _difference(estimate, task, metric)
@@ -116,6 +131,40 @@ def paper_table(name: str, task: Mapping[str, Any]) -> Table | None:
         )
     columns = ["figure", "paper", "ours", "ours - paper", "paper's gain", "our gain", "paper's gain in our interval"]
     return Table(f"{name}: the paper's figures", [*columns, "printed in"], rows)
+
+
+def steps_table(name: str, task: Mapping[str, Any]) -> Table | None:
+    """Where answers part from the baseline's, and on how many steps a method could act; None if nothing is known."""
+    rows = []
+    for variant, figures in task["variants"].items():
+        parts, steps = figures.get("divergence"), figures.get("steps")
+        if variant != BASELINE and parts and steps:
+            rows.append([Cell(variant), *step_cells(parts, steps)])
+    columns = ["variant", *STEP_COLUMNS]
+    return Table(f"{name}: where answers change", columns, rows) if rows else None
+
+
+STEP_COLUMNS = ("first token %", "later only %", "tokens %", "cut", "one plausible token %", "branches ran %")
+"""
+Documents whose first token differs, documents that differ behind an equal first token, positions with another token;
+the method's plausibility cut (in brackets the usual one where it has none), steps of the baseline at which it leaves
+one token, steps on which branches ran.
+"""
+
+
+def step_cells(parts: Mapping[str, Any] | None, steps: Mapping[str, Any] | None) -> list[Cell]:
+    """The cells of `STEP_COLUMNS` for one variant."""
+    parts, steps = parts or {}, steps or {}
+    shares = [parts.get(key) for key in ("first", "later", "tokens")]
+    cut = steps.get("cut")
+    return [
+        *(Cell(NOTHING if share is None else f"{100 * share:.1f}") for share in shares),
+        Cell(f"({USUAL_CUT:g})" if cut is None else f"{cut:g}"),
+        *(
+            Cell(NOTHING if steps.get(key) is None else f"{100 * steps[key]:.1f}")
+            for key in ("one_token", "branch_steps")
+        ),
+    ]
 
 
 def cost_table(name: str, task: Mapping[str, Any]) -> Table:

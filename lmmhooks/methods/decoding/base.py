@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from lmmhooks.methods.decoding.view import BranchAttention, ImageView, StepView
     from lmmhooks.methods.probe import Probe
 
-__all__ = ["Branch", "DecodingMethod", "contrast", "plausible"]
+__all__ = ["Branch", "DecodingMethod", "contrast", "cut", "plausible"]
 
 IMAGES = ("same", "pixels", "features", "replaced", "none")
 TEXTS = ("same", "edited")
@@ -49,6 +49,23 @@ def plausible(main: Tensor, beta: float) -> Tensor | None:
     if beta == 0:
         return None
     return main >= main.amax(dim=-1, keepdim=True) + math.log(beta)
+
+
+def cut(keep: Tensor | None, view: StepView | None) -> Tensor | None:
+    """
+    The tokens outside of which scores become -inf: ``keep``, or None where a view wants scores as they are before.
+
+    Every `DecodingMethod.combine` asks here last, so that what a method says of tokens it drops can be seen too: how
+    sure it is of an answer cannot be told from scores most of which are -inf.
+
+    Parameters
+    ----------
+    keep
+        Bool ``[B, vocabulary]``, or None for all.
+    view
+        Of the step; None where nothing is known of it but logits.
+    """
+    return keep if view is None or view.cuts else None
 
 
 def contrast(logits: Sequence[Tensor], weights: Sequence[float | Tensor], keep: Tensor | None) -> Tensor:
@@ -283,7 +300,7 @@ class DecodingMethod(Method):
             float32 ``[B, vocabulary]``, at least one finite entry per row.
         """
         weights = self.weights(main, others, step, view) if others else [1.0]
-        return contrast([main, *others], weights, view.cut(self.keep(main)))
+        return contrast([main, *others], weights, cut(self.keep(main), view))
 
     def transform_pixels(
         self, pixels: Tensor, branch: Branch, generator: torch.Generator, context: BranchContext

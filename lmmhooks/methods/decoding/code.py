@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lmmhooks.methods.base import setting
-from lmmhooks.methods.decoding.base import Branch, DecodingMethod, contrast
+from lmmhooks.methods.decoding.base import Branch, DecodingMethod, contrast, cut
 from lmmhooks.methods.decoding.context import BranchContext
 from lmmhooks.methods.decoding.prompts import Words, are_words, encode, plain_words, question_span
 from lmmhooks.methods.decoding.view import ImageView, StepView
@@ -118,4 +118,4 @@ class Code(DecodingMethod):
         divergence = bounded_divergence(main, other, self.power)
         probability = main.softmax(dim=-1)
         keep = probability >= divergence * probability.amax(dim=-1, keepdim=True)
-        return contrast([main, other], [2 - divergence, divergence - 1], view.cut(keep))
+        return contrast([main, other], [2 - divergence, divergence - 1], cut(keep, view))

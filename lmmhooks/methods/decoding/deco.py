@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lmmhooks.methods.base import Method, setting
-from lmmhooks.methods.decoding.base import DecodingMethod, contrast
+from lmmhooks.methods.decoding.base import DecodingMethod, contrast, cut
 from lmmhooks.methods.decoding.early import chosen, within
 from lmmhooks.methods.decoding.view import StepView
 
@@ -140,8 +140,8 @@ class Deco(DecodingMethod):
     def combine(self, main: Tensor, others: Sequence[Tensor], step: int, view: StepView) -> Tensor:
         keep = self.keep(main)
         if not self.alpha:
-            return contrast([main], [1.0], view.cut(keep))
+            return contrast([main], [1.0], cut(keep, view))
         assert self.layers is not None, "filled in by bind"
         early = view.early_logits(self.layers, normed=True).to(main.device)
         layer, confidence = surest_layer(early, keep)
-        return contrast([main, chosen(early, layer)], [1.0, self.alpha * confidence[:, None]], view.cut(keep))
+        return contrast([main, chosen(early, layer)], [1.0, self.alpha * confidence[:, None]], cut(keep, view))

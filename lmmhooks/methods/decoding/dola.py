@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from lmmhooks.methods.base import Method, setting
-from lmmhooks.methods.decoding.base import DecodingMethod, contrast
+from lmmhooks.methods.decoding.base import DecodingMethod, contrast, cut
 from lmmhooks.methods.decoding.early import chosen, early_layers, mixture_divergence, within
 from lmmhooks.methods.decoding.view import StepView
 
@@ -78,4 +78,4 @@ class Dola(DecodingMethod):
         keep = self.keep(main)
         if keep is not None:
             main, premature = main.log_softmax(dim=-1), premature.log_softmax(dim=-1)
-        return contrast([main, premature], [1.0, -1.0], view.cut(keep))
+        return contrast([main, premature], [1.0, -1.0], cut(keep, view))

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from lmmhooks.methods.base import setting
-from lmmhooks.methods.decoding.base import Branch, DecodingMethod, contrast, plausible
+from lmmhooks.methods.decoding.base import Branch, DecodingMethod, contrast, cut, plausible
 from lmmhooks.methods.decoding.context import BranchContext
 from lmmhooks.methods.decoding.prompts import question_span
 from lmmhooks.methods.decoding.view import StepView
@@ -54,8 +54,8 @@ def candidates(main: Tensor, k: int, beta: float) -> Tensor:
     chosen = torch.ones_like(main, dtype=torch.bool)
     if 0 < k < main.shape[-1]:
         chosen = main >= main.topk(k, dim=-1).values[..., -1:]
-    cut = plausible(main, beta)
-    return chosen if cut is None else chosen & cut
+    passes = plausible(main, beta)
+    return chosen if passes is None else chosen & passes
 
 
 def variance(values: Tensor, among: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ class Inter(DecodingMethod):
         gated = variance(dividend, chosen) > self.tau
         if self.prior == "softmax":
             dividend = dividend.masked_fill(~chosen, -math.inf).log_softmax(dim=-1).masked_fill(~chosen, 0)
-        guided = contrast([main, dividend], [1.0, self.alpha], view.cut(chosen))
+        guided = contrast([main, dividend], [1.0, self.alpha], cut(chosen, view))
         return torch.where(gated, guided, main)
 
     def edit_tokens(self, tokens: Tensor, branch: Branch, context: BranchContext) -> Tensor:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lmmhooks.methods.base import setting
-from lmmhooks.methods.decoding.base import DecodingMethod, contrast
+from lmmhooks.methods.decoding.base import DecodingMethod, contrast, cut
 from lmmhooks.methods.decoding.view import AttentionRow, StepView
 
 __all__ = ["Only", "entropy_of", "head_outputs", "text_leaning", "without_outliers"]
@@ -145,14 +145,14 @@ class Only(DecodingMethod):
     def combine(self, main: Tensor, others: Sequence[Tensor], step: int, view: StepView) -> Tensor:
         keep = self.keep(main)
         if not self.acts:
-            return contrast([main], [1.0], view.cut(keep))
+            return contrast([main], [1.0], cut(keep, view))
         row = view.rows[self.layer]
         leaning = self._leaning_logits(row, view).to(main.device)
         distance = (main.softmax(dim=-1) - leaning.softmax(dim=-1)).abs().sum(dim=-1, keepdim=True)
         close = distance < self.gamma
         weights = [torch.where(close, 1.0, 1 + self.a_neg), torch.where(close, self.a_pos, -self.a_neg)]
         shown = row.layout.visual[: len(main)].any(dim=1, keepdim=True).to(main.device)
-        return torch.where(shown, contrast([main, leaning], weights, view.cut(keep)), main)
+        return torch.where(shown, contrast([main, leaning], weights, cut(keep, view)), main)
 
     def _leaning_logits(self, row: AttentionRow, view: StepView) -> Tensor:
         """``[B, vocabulary]``."""

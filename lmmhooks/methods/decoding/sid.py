@@ -10,6 +10,9 @@ anew by its newest token, and strength and cut are the effective ones of its scr
 not passed on). Differs in that padding is respected and any batch, image span and number of images goes (the release
 selects by the first row and ignores padding), and that greedy decoding respects the cut; preset ``released-greedy``
 does without, as the release does. The random subset of its layer 0 is left out.
+
+Layers before the first with hidden tokens say the same in both branches and are computed for both none the less, which
+is 3 % of reading a prompt at 32 layers and nothing per token (docs/decisions/0011-what-branches-are-not-spared.md).
 """
 
 from __future__ import annotations

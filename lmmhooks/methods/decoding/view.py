@@ -62,7 +62,7 @@ class StepView:
     processor
         That was given to ``wrap``; None without one.
     cuts
-        False where scores are wanted as they are before the plausibility cut: see `cut`.
+        False where scores are wanted as they are before the plausibility cut; see `lmmhooks.methods.decoding.base.cut`.
     """
 
     family: Any
@@ -73,15 +73,6 @@ class StepView:
     memory: dict[Any, Any]
     processor: Any = None
     cuts: bool = True
-
-    def cut(self, keep: Tensor | None) -> Tensor | None:
-        """
-        The tokens outside of which scores become -inf: ``keep``, or None where nothing is to be cut.
-
-        Every `DecodingMethod.combine` asks here last, so that what a method says of tokens it drops can be seen too:
-        how sure it is of an answer cannot be told from scores most of which are -inf.
-        """
-        return keep if self.cuts else None
 
     def early_logits(self, layers: Sequence[int], normed: bool) -> Tensor:
         """
