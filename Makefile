@@ -91,11 +91,18 @@ bench-reduction: env ## measure the tables of reducers at 576 tokens (half an ho
 	$(REDUCE) --layers 2 --vision-layers 24 --config llava-1.5-7b-shape $(REDUCTION_TOWER) --method "tome(r=8)" \
 	  --method "tome(r=16)" --out $(RESULTS)/reduction-tower-llava-1.5-7b.json
 
-bench-reduction-long: env ## the same at 2,880, 1,296 and 8,192 tokens (hours), then run `make docs`
-	$(REDUCE_ALL) --config llava-next-7b-shape --vision-layers 4 --out $(RESULTS)/reduction-llava-next-7b.json
-	for tokens in 1296 8192; do \
-	  $(REDUCE_ALL) --config qwen2.5-vl-7b-shape --visual-tokens $$tokens --vision-layers 4 \
-	  --out $(RESULTS)/reduction-qwen2.5-vl-7b-$$tokens.json || exit 1; done
+# One method of every kind of selection; four decoder layers, two at 8,192 tokens, where a layer costs what twenty cost at
+# 576. Few layers weigh selection the more: at full depth it is paid once for 28 or 32 of them.
+LONG_METHODS ?= $(foreach id,random fastervlm hiprune visionzip divprune cdpruner,--method "$(id)(budget=$(BUDGET))") \
+  --method "fastv(layer=1, keep=$(BUDGET))" --method "dart(layer=1, keep=$(BUDGET))" --method pbs
+REDUCE_LONG = $(REDUCE) $(LONG_METHODS) --vision-layers 1
+
+bench-reduction-long: env ## the same for nine methods at 2,880, 1,296 and 8,192 tokens (half an hour), then run `make docs`
+	$(REDUCE_LONG) --config llava-next-7b-shape --layers 4 --out $(RESULTS)/reduction-llava-next-7b.json
+	$(REDUCE_LONG) --config qwen2.5-vl-7b-shape --visual-tokens 1296 --layers 4 \
+	  --out $(RESULTS)/reduction-qwen2.5-vl-7b-1296.json
+	$(REDUCE_LONG) --config qwen2.5-vl-7b-shape --visual-tokens 8192 --layers 2 \
+	  --out $(RESULTS)/reduction-qwen2.5-vl-7b-8192.json
 
 results: env ## run all attention methods on the bundled models again (about half an hour on two cores), then run `make docs`
 	for name in llava qwen; do \
