@@ -5,8 +5,8 @@ PYTEST_FLAGS ?=
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help env demo test lint types wheel-test support bench bench-attention bench-reduction bench-reduction-long results sweep \
-  docs clean
+.PHONY: help env demo test lint types wheel-test support bench bench-attention bench-reduction bench-reduction-long results \
+  sweep sweep-times docs clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -112,9 +112,16 @@ results: env ## run all attention methods on the bundled models again (about hal
 
 sweep: env ## run every reducer at equal budgets on the bundled models (about an hour), then run `make docs`
 	$(BIN)/lmmhooks run reduction-sweep --out runs/reduction-llava --resume
-	$(BIN)/python scripts/store_results.py runs/reduction-llava --out docs/results/reduction-tiny-llava.json
 	$(BIN)/lmmhooks run reduction-sweep-qwen --out runs/reduction-qwen --resume
-	$(BIN)/python scripts/store_results.py runs/reduction-qwen --out docs/results/reduction-tiny-qwen.json
+	$(MAKE) sweep-times
+
+# Times of passes that lie minutes apart compare only where nothing else runs; a few documents are enough for them.
+sweep-times: env ## measure prefill times of the sweep (five minutes, idle machine), and store its results with them
+	for name in llava qwen; do \
+	  recipe=reduction-sweep$$([ $$name = qwen ] && echo -qwen); \
+	  OMP_NUM_THREADS=1 $(BIN)/lmmhooks run $$recipe --limit 32 --out runs/times-$$name --resume && \
+	  $(BIN)/python scripts/store_results.py runs/reduction-$$name --times runs/times-$$name \
+	  --out docs/results/reduction-tiny-$$name.json || exit 1; done
 
 docs: env ## regenerate the tables of README.md and docs/ from their result files
 	$(BIN)/python docs/build.py

@@ -50,7 +50,8 @@ def main() -> None:
         except RecipeError as error:
             sys.exit(str(error))
         for name, task in record["tasks"].items():
-            write_atomically(given.out.with_name(f"{given.out.stem}-{name}.svg"), sweep_plot(task, name, given.times is not None))
+            plot = sweep_plot(task, name, given.times is not None)
+            write_atomically(given.out.with_name(f"{given.out.stem}-{name}.svg"), plot)
     else:
         metrics = score_run(given.run_dir)
         if metrics["problems"]:
