@@ -93,15 +93,17 @@ bench-reduction: env ## measure the tables of reducers at 576 tokens (half an ho
 
 # One method of every kind of selection; four decoder layers, two at 8,192 tokens, where a layer costs what twenty cost at
 # 576. Few layers weigh selection the more: at full depth it is paid once for 28 or 32 of them.
-LONG_METHODS ?= $(foreach id,random fastervlm hiprune visionzip divprune cdpruner,--method "$(id)(budget=$(BUDGET))") \
+LONG_METHODS ?= $(foreach id,random fastervlm visionzip divprune,--method "$(id)(budget=$(BUDGET))") \
   --method "fastv(layer=1, keep=$(BUDGET))" --method "dart(layer=1, keep=$(BUDGET))" --method pbs
-REDUCE_LONG = $(REDUCE) $(LONG_METHODS) --vision-layers 1
+LONGEST_METHODS ?= $(foreach id,random fastervlm divprune,--method "$(id)(budget=$(BUDGET))") \
+  --method "fastv(layer=1, keep=$(BUDGET))" --method pbs
+REDUCE_LONG = $(REDUCE) --vision-layers 1
 
-bench-reduction-long: env ## the same for nine methods at 2,880, 1,296 and 8,192 tokens (half an hour), then run `make docs`
-	$(REDUCE_LONG) --config llava-next-7b-shape --layers 4 --out $(RESULTS)/reduction-llava-next-7b.json
-	$(REDUCE_LONG) --config qwen2.5-vl-7b-shape --visual-tokens 1296 --layers 4 \
+bench-reduction-long: env ## the same for seven methods at 2,880, 1,296 and 8,192 tokens (half an hour), then run `make docs`
+	$(REDUCE_LONG) $(LONG_METHODS) --config llava-next-7b-shape --layers 4 --out $(RESULTS)/reduction-llava-next-7b.json
+	$(REDUCE_LONG) $(LONG_METHODS) --config qwen2.5-vl-7b-shape --visual-tokens 1296 --layers 4 \
 	  --out $(RESULTS)/reduction-qwen2.5-vl-7b-1296.json
-	$(REDUCE_LONG) --config qwen2.5-vl-7b-shape --visual-tokens 8192 --layers 2 \
+	$(REDUCE_LONG) $(LONGEST_METHODS) --config qwen2.5-vl-7b-shape --visual-tokens 8192 --layers 2 \
 	  --out $(RESULTS)/reduction-qwen2.5-vl-7b-8192.json
 
 results: env ## run all attention methods on the bundled models again (about half an hour on two cores), then run `make docs`
