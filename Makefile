@@ -5,8 +5,8 @@ PYTEST_FLAGS ?=
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help env demo test lint types wheel-test support bench bench-attention bench-reduction bench-reduction-long bench-decoding results sweep \
-  decoding-results docs clean
+.PHONY: help env demo test lint types wheel-test support bench bench-attention bench-reduction bench-reduction-long \
+  bench-decoding results sweep sweep-times decoding-results docs clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -91,11 +91,20 @@ bench-reduction: env ## measure the tables of reducers at 576 tokens (half an ho
 	$(REDUCE) --layers 2 --vision-layers 24 --config llava-1.5-7b-shape $(REDUCTION_TOWER) --method "tome(r=8)" \
 	  --method "tome(r=16)" --out $(RESULTS)/reduction-tower-llava-1.5-7b.json
 
-bench-reduction-long: env ## the same at 2,880, 1,296 and 8,192 tokens (hours), then run `make docs`
-	$(REDUCE_ALL) --config llava-next-7b-shape --vision-layers 4 --out $(RESULTS)/reduction-llava-next-7b.json
-	for tokens in 1296 8192; do \
-	  $(REDUCE_ALL) --config qwen2.5-vl-7b-shape --visual-tokens $$tokens --vision-layers 4 \
-	  --out $(RESULTS)/reduction-qwen2.5-vl-7b-$$tokens.json || exit 1; done
+# One method of every kind of selection; four decoder layers, two at 8,192 tokens, where a layer costs what twenty cost at
+# 576. Few layers weigh selection the more: at full depth it is paid once for 28 or 32 of them.
+LONG_METHODS ?= $(foreach id,random fastervlm visionzip divprune,--method "$(id)(budget=$(BUDGET))") \
+  --method "fastv(layer=1, keep=$(BUDGET))" --method "dart(layer=1, keep=$(BUDGET))" --method pbs
+LONGEST_METHODS ?= $(foreach id,random fastervlm divprune,--method "$(id)(budget=$(BUDGET))") \
+  --method "fastv(layer=1, keep=$(BUDGET))" --method pbs
+REDUCE_LONG = $(REDUCE) --vision-layers 1
+
+bench-reduction-long: env ## the same for seven methods at 2,880, 1,296 and 8,192 tokens (half an hour), then run `make docs`
+	$(REDUCE_LONG) $(LONG_METHODS) --config llava-next-7b-shape --layers 4 --out $(RESULTS)/reduction-llava-next-7b.json
+	$(REDUCE_LONG) $(LONG_METHODS) --config qwen2.5-vl-7b-shape --visual-tokens 1296 --layers 4 \
+	  --out $(RESULTS)/reduction-qwen2.5-vl-7b-1296.json
+	$(REDUCE_LONG) $(LONGEST_METHODS) --config qwen2.5-vl-7b-shape --visual-tokens 8192 --layers 2 \
+	  --out $(RESULTS)/reduction-qwen2.5-vl-7b-8192.json
 
 # Every decoding method against one branch, the naive loop of forwards and the least its branches have to read. Few layers:
 # what is paid once per token, in the language head and in the combination, weighs more than at full depth. OPERA's
@@ -123,9 +132,16 @@ results: env ## run all attention methods on the bundled models again (about hal
 
 sweep: env ## run every reducer at equal budgets on the bundled models (about an hour), then run `make docs`
 	$(BIN)/lmmhooks run reduction-sweep --out runs/reduction-llava --resume
-	$(BIN)/python scripts/store_results.py runs/reduction-llava --out docs/results/reduction-tiny-llava.json
 	$(BIN)/lmmhooks run reduction-sweep-qwen --out runs/reduction-qwen --resume
-	$(BIN)/python scripts/store_results.py runs/reduction-qwen --out docs/results/reduction-tiny-qwen.json
+	$(MAKE) sweep-times
+
+# Times of passes that lie minutes apart compare only where nothing else runs; a few documents are enough for them.
+sweep-times: env ## measure prefill times of the sweep (five minutes, idle machine), and store its results with them
+	for name in llava qwen; do \
+	  recipe=reduction-sweep$$([ $$name = qwen ] && echo -qwen); \
+	  OMP_NUM_THREADS=1 $(BIN)/lmmhooks run $$recipe --limit 32 --out runs/times-$$name --resume && \
+	  $(BIN)/python scripts/store_results.py runs/reduction-$$name --times runs/times-$$name \
+	  --out docs/results/reduction-tiny-$$name.json || exit 1; done
 
 # Greedy, five beams, and sampled under three seeds that are read as one.
 KEEP = $(BIN)/python scripts/store_results.py --decoding

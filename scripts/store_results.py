@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from lmmhooks_eval.errors import RecipeError
 from lmmhooks_eval.report.decoding import decoding_record
@@ -20,13 +21,28 @@ from lmmhooks_eval.score import score_run
 from lmmhooks_eval.store import ENVIRONMENT, read_config, write_atomically
 
 
+def _take_times(record: dict[str, Any], run_dir: Path) -> None:
+    """Put the relative prefill times of another run of the same sweep into a record."""
+    environment = json.loads((run_dir / ENVIRONMENT).read_text(encoding="utf-8"))
+    timed = sweep_record(run_dir, environment)
+    for name, task in record["tasks"].items():
+        found = {(p["method"], p["budget"]): p["cost"]["prefill_time"] for p in timed["tasks"][name]["points"]}
+        for point in task["points"]:
+            point["cost"]["prefill_time"] = found.get((point["method"], point["budget"]))
+    record["times"] = {"documents": {name: task["n"] for name, task in timed["tasks"].items()}, **environment}
+
+
 def main() -> None:
     """Score the runs anew and write their record; a run with problems is refused."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run_dir", type=Path, nargs="+")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument(
-        "--times", action="store_true", help="plot measured time instead of FLOPs (only for runs on an idle machine)"
+        "--times",
+        type=Path,
+        metavar="RUN_DIR",
+        help="of a sweep: plot prefill times instead of FLOPs, measured by this run of the same recipe, which may be a "
+        "short one on an idle machine",
     )
     parser.add_argument("--decoding", action="store_true", help="runs of decoding methods and their controls")
     given = parser.parse_args()
@@ -43,10 +59,13 @@ def main() -> None:
     elif read_config(first).get("sweep"):
         try:
             record = sweep_record(first, environment)
+            if given.times is not None:
+                _take_times(record, given.times)
         except RecipeError as error:
             sys.exit(str(error))
         for name, task in record["tasks"].items():
-            write_atomically(given.out.with_name(f"{given.out.stem}-{name}.svg"), sweep_plot(task, name, given.times))
+            plot = sweep_plot(task, name, given.times is not None)
+            write_atomically(given.out.with_name(f"{given.out.stem}-{name}.svg"), plot)
     else:
         metrics = score_run(first)
         if metrics["problems"]:
