@@ -53,11 +53,11 @@ class Stats:
     average_visual
         Visual tokens per decoder layer and row, averaged over both: the figure pruning papers quote.
     kv_bytes, kv_bytes_full
-        Bytes of the prompt's keys and values as they were run, stacked branches included, and without any method.
+        Bytes of the prompt's keys and values as they were run, branches included, and without any method.
     prefill_flops, prefill_flops_full
-        Theoretical decoder FLOPs of the prompts as they were run, stacked branches included, and without any method;
-        padding not counted, pairs by the "square" convention. Lazy branches read the prompt later and are not counted;
-        a beginning of the prompt that branches have in common with the main rows is counted for each of them.
+        Theoretical decoder FLOPs of the prompts as they were run, branches included as far as they have read the
+        prompt, and without any method; padding not counted, pairs by the "square" convention. What a branch takes from
+        the main rows instead of reading it is counted once. A description that a method asks for first is not counted.
     branches
         Rows of the forward per row of the batch: 1 without branches.
     branch_steps
@@ -94,46 +94,25 @@ class Stats:
             A state whose prompt has been read.
         """
         shape = cost.DecoderShape.from_config(family.text_config)
-        element = next(family.text_model.parameters()).element_size()
-        visual_in = _row_counts(state.layout.visual)
-        text = [n - v for n, v in zip(_row_counts(state.layout.valid), visual_in, strict=True)]
-        # Several layers share a stage; count each stage once.
-        kept_at = {stage.layer: _row_counts(stage.layout.visual) for stage in state.stages}
-        computing = {state.stage_at(layer).layer for layer in state.computing}
-        prompts = {stage.layer: prompt_tokens(stage.layout) for stage in state.stages if stage.layer in computing}
-        per_token = 2 * shape.kv_width * element
-        layers = []
-        for layer in range(shape.layers):
-            stage = state.stage_at(layer)
-            pressed = state.pressed.get(layer)
-            length = stage.layout.length - state.grown if pressed is None else pressed.length
-            moved = state.moved.get(layer)
-            layers.append(
-                LayerStats(
-                    layer,
-                    visual_in,
-                    kept_at[stage.layer],
-                    length * len(visual_in) * per_token,
-                    None if moved is None else float(moved),
-                )
-            )
-        flops = flops_full = 0.0
-        for row, (num_text, num_visual) in enumerate(zip(text, visual_in, strict=True)):
-            counts_of = cost.dense_counts(num_text, [layer.visual_kept[row] for layer in layers])
-            for layer, method in state.computing.items():
-                tokens = prompts[state.stage_at(layer).layer][row][1]
-                if tokens.num_visual:
-                    memory = state.memory(method)
-                    counts_of[layer] = method.layer_counts(family, layer, row, tokens, memory)
-            flops += 2 * cost.prefill_macs(shape, counts_of)
-            if row < len(visual_in) // state.blocks:
-                flops_full += 2 * cost.prefill_macs(shape, cost.dense_counts(num_text, [num_visual] * shape.layers))
+        layers, flops = _read(family, shape, state)
+        kv_bytes = sum(layer.kv_bytes for layer in layers)
+        for reading in state.readings:
+            others, more = _read(family, shape, reading)
+            flops += more
+            kv_bytes += sum(layer.kv_bytes for layer in others)
+        main = state.layout.batch // state.blocks
+        visual = layers[0].visual_in[:main]
+        text = [n - v for n, v in zip(_row_counts(state.layout.valid), visual, strict=False)]
+        flops_full = sum(
+            2 * cost.prefill_macs(shape, cost.dense_counts(num_text, [num_visual] * shape.layers))
+            for num_text, num_visual in zip(text, visual, strict=True)
+        )
         counts = [count for layer in layers for count in layer.visual_kept]
         return cls(
             layers=tuple(layers),
             average_visual=sum(counts) / len(counts),
-            kv_bytes=sum(layer.kv_bytes for layer in layers),
-            kv_bytes_full=state.layout.length * (len(visual_in) // state.blocks) * per_token * shape.layers,
+            kv_bytes=kv_bytes,
+            kv_bytes_full=state.layout.length * main * _token_bytes(family, shape) * shape.layers,
             prefill_flops=flops,
             prefill_flops_full=flops_full,
             branches=state.branches,
@@ -144,6 +123,48 @@ class Stats:
     def to_dict(self) -> dict[str, Any]:
         """The statistics as JSON-compatible values, with ``flops_saved``."""
         return {**asdict(self), "flops_saved": self.flops_saved}
+
+
+def _token_bytes(family: Family, shape: cost.DecoderShape) -> int:
+    return 2 * shape.kv_width * next(family.text_model.parameters()).element_size()
+
+
+def _read(family: Family, shape: cost.DecoderShape, state: PromptState) -> tuple[list[LayerStats], float]:
+    """Layer by layer what all rows of one reading of a prompt came to, and its FLOPs."""
+    visual_in = _row_counts(state.layout.visual)
+    text = [n - v for n, v in zip(_row_counts(state.layout.valid), visual_in, strict=True)]
+    # Several layers share a stage; count each stage once.
+    kept_at = {stage.layer: _row_counts(stage.layout.visual) for stage in state.stages}
+    computing = {state.stage_at(layer).layer for layer in state.computing}
+    prompts = {stage.layer: prompt_tokens(stage.layout) for stage in state.stages if stage.layer in computing}
+    per_token = _token_bytes(family, shape)
+    layers = []
+    for layer in range(shape.layers):
+        stage = state.stage_at(layer)
+        pressed = state.pressed.get(layer)
+        length = stage.layout.length - state.grown if pressed is None else pressed.length
+        moved = state.moved.get(layer)
+        layers.append(
+            LayerStats(
+                layer,
+                visual_in,
+                kept_at[stage.layer],
+                length * len(visual_in) * per_token,
+                None if moved is None else float(moved),
+            )
+        )
+    flops = 0.0
+    taken = [0] * len(text) if state.taken is None else [int(number) for number in state.taken.tolist()]
+    for row, num_text in enumerate(text):
+        counts_of = cost.dense_counts(num_text, [layer.visual_kept[row] for layer in layers])
+        for layer, method in state.computing.items():
+            tokens = prompts[state.stage_at(layer).layer][row][1]
+            if tokens.num_visual:
+                counts_of[layer] = method.layer_counts(family, layer, row, tokens, state.memory(method))
+        flops += 2 * cost.prefill_macs(shape, counts_of)
+        # What a row takes from another one was computed there: its tokens, and the pairs among them.
+        flops -= 2 * cost.prefill_macs(shape, [cost.LayerCounts.dense(taken[row])] * shape.layers)
+    return layers, flops
 
 
 def _row_counts(mask: Any) -> tuple[int, ...]:

@@ -227,6 +227,8 @@ class BranchForwards:
         logits = self.run({**kwargs, "logits_to_keep": keep})
         assert call.cache is not None
         call.cache.prompt_read()
+        if (state := self.runtime.state_of(call.cache)) is not None:
+            self.runtime.last_state.readings.append(state)
         return logits, call.cache
 
     def go_on(self, tokens: Tensor, cache: BranchCache, logits_to_keep: Any) -> tuple[Tensor, BranchCache]:
@@ -252,6 +254,7 @@ class BranchForwards:
         cache.append(branches)
         cache.mask, cache.next_position = stacked.mask, stacked.next_position
         state.read(stacked.layout, stacked.mask)
+        state.taken = shared.taken
         state.blocks = 1 + num
         return list(logits.unflatten(0, (num, call.rows)))
 

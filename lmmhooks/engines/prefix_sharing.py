@@ -78,6 +78,16 @@ class SharedPrompt:
         """The branches, as wide as they are themselves."""
         return self.stacked.split(self.num_rows)[1].narrowed()
 
+    @property
+    def taken(self) -> Tensor | None:
+        """``[N * B]`` tokens that each row does not read itself; None if every row reads its whole prompt."""
+        if not self.behind_main:
+            return None
+        own = _filled(self.stacked.mask, self.stacked.kwargs["input_ids"]).sum(dim=1)
+        taken = (own - self.num_columns).clamp(min=0)
+        taken[: self.num_rows] = 0
+        return taken
+
     def suffix(self, main: Cache, empty: DynamicCache) -> tuple[dict[str, Any], DynamicCache, PromptState]:
         """
         The forward of the branches once the main rows were read, if they go on behind those.

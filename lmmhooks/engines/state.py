@@ -162,6 +162,10 @@ class PromptState:
         """Readings of every row of the caller's batch: the row itself and the branches of a decoding method."""
         self.blocks = 1
         """How many of them the forward that read the prompt held, stacked block after block."""
+        self.taken: Tensor | None = None
+        """``[rows]`` first tokens that each row took from another row instead of reading them; None: none did."""
+        self.readings: list[PromptState] = []
+        """Of the same prompt, by branches that keep a cache of their own, as far as they have read it."""
         self.branch_steps: float | None = None
         """Share of decode steps on which decoding branches ran; None without branches."""
         self.notes: list[dict[str, Any]] = []
@@ -202,6 +206,7 @@ class PromptState:
     def append_blocks(self, num: int) -> None:
         """As many more blocks of rows, which read the same tokens as the first, go on with it."""
         self.blocks += num
+        self.readings.clear()
         self._layout = Layout.stack([self.layout] * self.blocks)
         for stage in self.stages:
             stage.layout = Layout.stack([stage.layout] * self.blocks)

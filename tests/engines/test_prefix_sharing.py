@@ -175,7 +175,8 @@ class Shorter(DecodingMethod):
 @pytest.mark.parametrize("mode", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
 def test_branches_without_the_image_are_read_as_wide_as_they_are(family, shown, mode, whole):
     zoo = build(family)
-    inputs = zoo.inputs(batch=2, images=images_under_beams(zoo.model, 3, 2), text=[2, 4])
+    images = images_under_beams(zoo, 3, 2) if mode else [3, 2]
+    inputs = zoo.inputs(batch=2, images=images, text=[2, 4])
     seen, hook = decoder_widths(zoo)
 
     def run():
