@@ -326,8 +326,8 @@ def _only(plan: RowPlan, method: AttentionMethod, before: Tensor, after: Tensor)
 
 
 def _input(plan: RowPlan, method: AttentionMethod, values: Tensor) -> Tensor:
-    """A method may edit in place; hand it a copy when rows that are not its own must survive."""
-    return values if len(plan.members) == 1 else values.clone()
+    """A method may edit in place; hand it a copy when rows that are not its own, or a graph, must survive."""
+    return values if len(plan.members) == 1 and not values.requires_grad else values.clone()
 
 
 def _slice(plan: RowPlan, start: int, stop: int) -> RowPlan:

@@ -200,7 +200,7 @@ def test_sink_channels_are_measured_on_request(tiny):
 
 
 def test_calibration_documents_are_no_benchmark_documents():
-    for name in ("scenes-pope", "scenes-vqa", "scenes-caption"):
+    for name in ("scenes-pope", "scenes-vqa", "scenes-caption", "scenes-small"):
         task = get_task(name)
         docs, is_benchmark = documents(task)
         assert not is_benchmark

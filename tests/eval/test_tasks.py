@@ -13,7 +13,8 @@ from lmmhooks_eval.errors import TaskError
 from lmmhooks_eval.task import Task
 from lmmhooks_eval.tasks import discover, get_task
 
-BUNDLED = ("scenes-pope", "scenes-vqa", "scenes-caption")
+BUNDLED = ("scenes-pope", "scenes-vqa", "scenes-caption", "scenes-small")
+SIDES = {"scenes-small": 336}
 
 
 @pytest.fixture(params=BUNDLED)
@@ -27,7 +28,7 @@ def test_documents_have_unique_ids_and_images_that_open(task: Task) -> None:
     for doc in docs[:: len(docs) // 5]:
         (image,) = task.images(doc)
         image.load()
-        assert image.size == (112, 112)
+        assert image.size == (SIDES.get(task.name, 112),) * 2
         assert task.cluster(doc) == doc["image"]
 
 

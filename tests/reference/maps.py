@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,13 +13,15 @@ from torch import Tensor
 from tests.reference.attention import dense_attention
 
 
-def matrices(model: Any, inputs: dict[str, Tensor], answer: list[int]) -> tuple[list[Tensor], Tensor]:
+def matrices(
+    model: Any, inputs: dict[str, Tensor], answer: list[int], edit: Callable[[Tensor], Tensor] | None = None
+) -> tuple[list[Tensor], Tensor]:
     """Attention ``[H, N, N]`` of every layer over prompt and answer, with its graph, and logits ``[N, vocabulary]``."""
     seen: dict[int, Tensor] = {}
 
     def hold(layer: int, weights: Tensor, row: int, hidden: Tensor) -> Tensor:
-        seen[layer] = weights
-        return weights
+        seen[layer] = weights if edit is None else edit(weights)
+        return seen[layer]
 
     with torch.enable_grad(), dense_attention(model, hold):
         logits = model(**continued(inputs, answer), use_cache=False).logits[0]
@@ -36,9 +39,16 @@ def continued(inputs: dict[str, Tensor], answer: list[int]) -> dict[str, Tensor]
     return out
 
 
-def grad_att(model: Any, inputs: dict[str, Tensor], answer: list[int], t: int, layer: int) -> Tensor:
+def grad_att(
+    model: Any,
+    inputs: dict[str, Tensor],
+    answer: list[int],
+    t: int,
+    layer: int,
+    edit: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     """``mean_h A relu(dv/dA)`` ``[N]`` of the row that chooses token t, through the graph of everything."""
-    attention, logits = matrices(model, inputs, answer[:t])
+    attention, logits = matrices(model, inputs, answer[:t], edit)
     chance = torch.log_softmax(logits[-1].float(), dim=-1)[answer[t]]
     (gradient,) = torch.autograd.grad(chance, attention[layer])
     return torch.stack([a * torch.relu(g) for a, g in zip(attention[layer][:, -1], gradient[:, -1], strict=True)]).mean(

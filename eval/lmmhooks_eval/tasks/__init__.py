@@ -27,6 +27,7 @@ _BUNDLED: Mapping[str, str] = {
     "scenes-pope": "lmmhooks_eval.tasks.scenes_pope",
     "scenes-vqa": "lmmhooks_eval.tasks.scenes_vqa",
     "scenes-caption": "lmmhooks_eval.tasks.scenes_caption",
+    "scenes-small": "lmmhooks_eval.tasks.scenes_small",
     "pope": "lmmhooks_eval.tasks.pope",
     "chair": "lmmhooks_eval.tasks.chair",
 }

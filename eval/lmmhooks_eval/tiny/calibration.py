@@ -13,14 +13,17 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from lmmhooks_eval.tiny.freeze import benchmark_rows
+from lmmhooks_eval.tiny.freeze import benchmark_rows, small_rows
 from lmmhooks_eval.tiny.questions import caption
 from lmmhooks_eval.tiny.render import render
 from lmmhooks_eval.tiny.scenes import Scene, SceneObject, sample_scene
+from lmmhooks_eval.tiny.small import SmallScene, sample_small_scene
 from lmmhooks_eval.tiny.vocabulary import BY_NAME, THEMES
 
 CALIBRATION_ENTROPY = (9_000_002,)
+SMALL_ENTROPY = (9_000_004,)
 NUM_SCENES = 160
+NUM_SMALL_SCENES = 60
 NUM_INVENTED = 2
 """Absent objects that a wrong caption names; as many as there are if the theme has fewer."""
 
@@ -32,9 +35,13 @@ def documents(kind: str) -> list[dict[str, Any]]:
     Parameters
     ----------
     kind
-        ``"scenes_pope"``, ``"scenes_vqa"`` or ``"scenes_caption"``. Captions carry ``value``, the true caption, and
-        ``h_value``, the same with objects put in that usually go with those that are there.
+        ``"scenes_pope"``, ``"scenes_vqa"``, ``"scenes_small"`` or ``"scenes_caption"``. Captions carry
+        ``value``, the true caption, and ``h_value``, the same with objects put in that usually go with those that are
+        there.
     """
+    if kind == "scenes_small":
+        rows = small_rows(NUM_SMALL_SCENES, SMALL_ENTROPY, "calibration-small")[kind]
+        return [{**row, "id": f"calibration-{row['id']}"} for row in rows]
     scenes = [_scene(index)[0] for index in range(NUM_SCENES)]
     rows = _rows()[kind]
     if kind == "scenes_caption":
@@ -46,6 +53,11 @@ def draw(name: str) -> Image.Image:
     """The image that a document calls ``calibration/NNNN``."""
     scene, rng = _scene(int(name.removeprefix("calibration/")))
     return Image.fromarray(render(scene, rng))
+
+
+def small_scene(name: str) -> SmallScene:
+    """The scene whose image a document of scenes-small calls ``calibration-small/NNNN``."""
+    return sample_small_scene((*SMALL_ENTROPY, int(name.removeprefix("calibration-small/"))))
 
 
 @cache

@@ -1,7 +1,7 @@
 """Write the frozen benchmark: ``python -m lmmhooks_eval.tiny.freeze [--out DIR]``.
 
-Images are stored as PNG, so that scores do not depend on how a later NumPy draws random numbers. The scenes come from
-entropy that training never uses.
+Images are stored as PNG, so that scores do not depend on how a later NumPy draws random numbers. Those of small objects
+are too large for that: what is in them is stored, and a seed. All scenes come from entropy that training never uses.
 """
 
 from __future__ import annotations
@@ -22,10 +22,13 @@ from lmmhooks_eval.tiny.loading import data_dir
 from lmmhooks_eval.tiny.probes import SPLITS, category_popularity, pope_probes
 from lmmhooks_eval.tiny.questions import Question
 from lmmhooks_eval.tiny.scenes import Scene
+from lmmhooks_eval.tiny.small import question_rows, sample_small_scene
 from lmmhooks_eval.tiny.vocabulary import CATEGORIES, COLOURS, THEMES
 
 HELD_OUT_ENTROPY = (9_000_001,)
 NUM_SCENES = 280
+SMALL_ENTROPY = (9_000_003,)
+NUM_SMALL_SCENES = 120
 
 
 def vqa_questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
@@ -61,7 +64,7 @@ def freeze(out: Path, number: int = NUM_SCENES) -> dict[str, int]:
     (out / "images").mkdir(parents=True, exist_ok=True)
     for name, pixels in zip(names, images, strict=True):
         Image.fromarray(pixels).save(out / name, optimize=True)
-    rows = benchmark_rows(scenes, names, HELD_OUT_ENTROPY)
+    rows = benchmark_rows(scenes, names, HELD_OUT_ENTROPY) | small_rows(number=NUM_SMALL_SCENES)
     for name, lines in rows.items():
         _write_lines(out / f"{name}.jsonl", lines)
     (out / "vocab.json").write_text(json.dumps(_vocabulary(), indent=1) + "\n", encoding="utf-8")
@@ -118,6 +121,34 @@ def benchmark_rows(
         rows["scenes_caption"].append(
             {"id": f"{key}-caption", "image": image, "prompt": ask.CAPTION_PROMPT, "objects": list(scene.present)}
         )
+    return rows
+
+
+def small_rows(
+    number: int, entropy: Sequence[int] = SMALL_ENTROPY, prefix: str = "small"
+) -> dict[str, list[dict[str, Any]]]:
+    """
+    Scenes of small objects, and the documents about them.
+
+    Parameters
+    ----------
+    number
+        Of scenes.
+    entropy
+        Scene i comes from ``(*entropy, i)``.
+    prefix
+        The documents call the image of scene i ``prefix/NNNN``.
+
+    Returns
+    -------
+    dict
+        File name -> lines.
+    """
+    rows: dict[str, list[dict[str, Any]]] = {"small_scenes": [], "scenes_small": []}
+    for index in range(number):
+        small, image = sample_small_scene((*entropy, index)), f"{prefix}/{index:04d}"
+        rows["small_scenes"].append({"image": image, **small.to_dict()})
+        rows["scenes_small"] += question_rows(small, f"{index:04d}", image)
     return rows
 
 

@@ -23,7 +23,7 @@ TEXTURE_AMPLITUDE = (2.0, 12.0)
 TEXTURE_PERIOD = (8.0, 40.0)  # pixels
 
 
-def render(scene: Scene, rng: np.random.Generator) -> np.ndarray:
+def render(scene: Scene, rng: np.random.Generator, side: int = IMAGE_SIZE) -> np.ndarray:
     """Draw a scene.
 
     Parameters
@@ -32,16 +32,18 @@ def render(scene: Scene, rng: np.random.Generator) -> np.ndarray:
         What to draw.
     rng
         Source of texture, colour jitter and noise.
+    side
+        Side of the image, in pixels; texture and noise are of the same grain whatever it is.
 
     Returns
     -------
     numpy.ndarray
-        uint8 ``(112, 112, 3)``, sRGB; every value is a multiple of 16 plus 8.
+        uint8 ``(side, side, 3)``, sRGB; every value is a multiple of 16 plus 8.
     """
     base = np.asarray(BACKGROUNDS[scene.background], np.float32) + rng.uniform(-1, 1, 3) * BACKGROUND_JITTER
-    canvas = np.empty((IMAGE_SIZE, IMAGE_SIZE, 3), np.float32)
+    canvas = np.empty((side, side, 3), np.float32)
     canvas[:] = base.astype(np.float32)
-    canvas += _texture(rng)[:, :, None]
+    canvas += _texture(rng, side)[:, :, None]
     for item in scene.objects:
         colour = np.asarray(COLOURS[item.colour], np.float32)
         colour = colour + (rng.uniform(-1, 1, 3) * COLOUR_JITTER).astype(np.float32)
@@ -53,10 +55,10 @@ def render(scene: Scene, rng: np.random.Generator) -> np.ndarray:
     return (levels // LEVEL_STEP) * LEVEL_STEP + LEVEL_STEP // 2
 
 
-def _texture(rng: np.random.Generator) -> np.ndarray:
-    """Two plane waves and a linear gradient, float32 ``(112, 112)``, zero mean up to the waves' remainder."""
-    axis = np.arange(IMAGE_SIZE, dtype=np.float32)
-    texture = np.zeros((IMAGE_SIZE, IMAGE_SIZE), np.float32)
+def _texture(rng: np.random.Generator, side: int) -> np.ndarray:
+    """Two plane waves and a linear gradient, float32 ``(side, side)``, zero mean up to the waves' remainder."""
+    axis = np.arange(side, dtype=np.float32)
+    texture = np.zeros((side, side), np.float32)
     for _ in range(2):
         angle, phase = rng.uniform(0, 2 * np.pi, 2)
         wave_number = 2 * np.pi / rng.uniform(*TEXTURE_PERIOD)
@@ -66,5 +68,5 @@ def _texture(rng: np.random.Generator) -> np.ndarray:
         wave = np.outer(np.sin(down), np.cos(across)) + np.outer(np.cos(down), np.sin(across))
         texture += np.float32(rng.uniform(*TEXTURE_AMPLITUDE)) * wave
     angle, strength = rng.uniform(0, 2 * np.pi), rng.uniform(*GRADIENT_STRENGTH)
-    ramp = (axis / (IMAGE_SIZE - 1) * 2 - 1) * strength
+    ramp = (axis / (side - 1) * 2 - 1) * strength
     return texture + (np.cos(angle) * ramp[None, :] + np.sin(angle) * ramp[:, None]).astype(np.float32)

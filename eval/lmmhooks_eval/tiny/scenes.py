@@ -115,14 +115,14 @@ def sample_scene(rng: np.random.Generator) -> Scene:
     theme_names = tuple(THEMES)
     theme = theme_names[int(rng.choice(len(theme_names), p=THEME_PROBABILITIES))]
     background = theme if rng.random() < THEMED_BACKGROUND_PROBABILITY else theme_names[int(rng.integers(4))]
-    names = _sample_categories(theme, rng)
+    names = sample_categories(theme, rng)
     cells = rng.permutation(GRID * GRID)[: len(names)]
     objects = tuple(_place(name, int(cell), rng) for name, cell in zip(names, cells, strict=True))
     return Scene(theme, background, float(rng.choice(NOISE_SIGMAS, p=NOISE_PROBABILITIES)), objects)
 
 
-def _sample_categories(theme: str, rng: np.random.Generator) -> list[str]:
-    """Categories of all objects, repeated for copies; never empty."""
+def sample_categories(theme: str, rng: np.random.Generator) -> list[str]:
+    """Categories of all objects of a scene with this theme, repeated for copies; never empty."""
     chance = {}
     for name, members in THEMES.items():
         for rank, member in enumerate(members):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from lmmhooks.errors import MethodError
+from lmmhooks.errors import MethodError, PromptError
 
 if TYPE_CHECKING:
     from lmmhooks.family import Family
@@ -69,6 +69,12 @@ class Question:
     def mean_rows(self, answered: Answered | None = None, rows: Sequence[int] | None = None) -> Tensor:
         """``[rows, n]`` attention, mean over the layers and heads; NaN for tokens that none of the layers holds."""
         answered = self.answered if answered is None else answered
+        missing = [t for t in (self.rows if rows is None else rows) if not answered.rows[t]]
+        if missing:
+            raise PromptError(
+                f"attention of token {missing[0]} of the answer could not be read: caches were compressed and hold "
+                "other positions for every head; map the first token alone, with tokens=[0]"
+            )
         read = answered.stacked("within" if self.within else "share", self.family.num_layers)
         shares = read[list(self.rows if rows is None else rows)][:, list(self.layers)]
         # A token gets no attention in layers that it does not reach.

@@ -142,7 +142,7 @@ def attention_map(
         )
         values = made.values(question)
     read = {name: answered.stacked(name, len(all_layers)) for name in ("spans", "entropy", "mean", "favoured", "share")}
-    pairs = len(answered.rows) * len(all_layers) * len(all_heads)
+    pairs = sum(len(step) for step in answered.rows) * len(all_heads)
     sinks = sinks_of(read["favoured"].nansum(dim=(0, 1)), pairs)
     values = _filtered(values, sinks, sink_filter, geometry)
     picked = list(rows)
@@ -166,7 +166,7 @@ def attention_map(
         geometry=geometry,
         by_layer=read["share"][picked][:, list(chosen_layers)] if kind == "raw" else None,
         by_head=_by_head(answered, rows, chosen_layers) if keep_heads else None,
-        word_filter=token_filter,
+        token_filter=token_filter,
     )
 
 

@@ -53,10 +53,10 @@ class Flow(MapKind):
             peaks.setdefault(layer, []).append(weights[heads].amax(dim=-1))
 
         # All rows decide on the weights of heads, so that they are known only after a first reading.
-        read_matrices(question, weigh, num_tokens)
+        read_matrices(question, self.id, weigh, num_tokens)
         known = {layer: torch.cat(blocks, dim=1).mean(dim=1) for layer, blocks in peaks.items()}
         matrices = read_matrices(
-            question, lambda layer, weights: weighted_mean(weights[heads], known[layer]), num_tokens
+            question, self.id, lambda layer, weights: weighted_mean(weights[heads], known[layer]), num_tokens
         )
         rows = flow_rows(matrices, [question.prompt_length + t for t in question.rows], self.regularise)
         return question.without_gone(rows[:, question.positions])

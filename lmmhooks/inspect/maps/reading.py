@@ -230,6 +230,14 @@ class Passes:
             found.append(logits.gather(2, wanted[..., None])[..., 0].cpu())
         return torch.cat(found)
 
+    def check_inserted(self, num_tokens: int, kind: str) -> None:
+        """Refuse matrices of answers between whose ``num_tokens`` tokens a method has inserted others."""
+        if self.runtime.last_state.grown != num_tokens:
+            raise PromptError(
+                f"a method on the model inserts tokens into the answer, whose places kind={kind!r} cannot tell apart; "
+                "use kind='raw', or fewer tokens with max_new_tokens"
+            )
+
     def check_length(self, length: int, kind: str) -> None:
         """Refuse kinds that hold whole attention matrices on long prompts."""
         if length > MAX_POSITIONS:
@@ -250,12 +258,9 @@ def watching(model: nn.Module, processor: Any) -> Iterator[None]:
         yield
 
 
-def _summed_up(row: AnswerRow, span: VisualSpan, heads: Tensor, keep_heads: bool) -> LayerRow:
+def _summed_up(row: AnswerRow, span: VisualSpan, heads: Tensor, keep_heads: bool) -> LayerRow | None:
     if row.segment is None or row.position is None:
-        raise PromptError(
-            f"the cache of decoder layer {row.layer} was compressed and holds other positions for every head, so rows "
-            "of answers cannot be placed; read the last prompt row alone with max_new_tokens=1"
-        )
+        return None  # its cache was compressed
     weights = row.weights
     segment = row.segment.to(weights.device)
     mean = weights.mean(dim=0)

@@ -33,13 +33,21 @@ def relevancy_update(relevance: Tensor, matrix: Tensor) -> Tensor:
     return relevance + matrix @ relevance
 
 
-def rescaled(relevance: Tensor) -> Tensor:
+def rescaled(relevance: Tensor, identity: Tensor | None = None) -> Tensor:
     """
-    Relevance ``[N, N]`` whose rows, the identity apart, sum to 1 (or 0, where they are 0).
+    Relevance whose rows, the identity apart, sum to 1 (or 0, where they are 0).
 
     An option of LVLM-Interpret: the identity is taken off, rows are divided by their sum, and it is put back.
+
+    Parameters
+    ----------
+    relevance
+        ``[N, N]``, or some of its rows.
+    identity
+        The same rows of the identity; None: all of them.
     """
-    identity = torch.eye(len(relevance), dtype=relevance.dtype, device=relevance.device)
+    if identity is None:
+        identity = torch.eye(len(relevance), dtype=relevance.dtype, device=relevance.device)
     rest = relevance - identity
     total = rest.sum(dim=-1, keepdim=True)
     return rest / torch.where(total == 0, 1.0, total) + identity
@@ -97,22 +105,16 @@ class Relevancy(MapKind):
             for t in range(last + 1):
                 with reading.recording():
                     logits = reading.replay.step(new[t - 1]) if t else reading.replay.read()
+                    question.passes.check_inserted(t, self.id)
                     by_layer = reading.by_weights(logits[0].float()[new[t]])
                     read = [_dense(question, by_layer.get(layer, []), length + t) for layer in question.layers]
                 matrices = [grow(c, row[-1]) for c, row in zip(matrices, read, strict=True)] if t else read
                 if t in question.rows:
                     row = relevance_row(matrices)
                     if self.rescale:
-                        row = _rescaled_row(row)
+                        row = rescaled(row, torch.eye(len(row))[-1])
                     found.append(row[question.positions])
         return question.without_gone(torch.stack(found))
-
-
-def _rescaled_row(row: Tensor) -> Tensor:
-    own = torch.zeros_like(row)
-    own[-1] = 1.0
-    total = (row - own).sum()
-    return (row - own) / torch.where(total == 0, 1.0, total) + own
 
 
 def _dense(question: Question, blocks: Sequence[tuple[WatchedWeights, Tensor]], length: int) -> Tensor:

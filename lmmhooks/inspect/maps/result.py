@@ -98,7 +98,7 @@ class AttentionMap:
         float32 ``[T, L', n]`` shares in each of ``layers``, mean over ``heads``; None for kinds that mix layers.
     by_head
         float16 ``[T, L', H', n]``; None unless they were to be kept.
-    word_filter
+    token_filter
         ``"content"``: `average` is over words that carry meaning; ``"none"``: over all tokens.
     """
 
@@ -121,7 +121,7 @@ class AttentionMap:
     geometry: Geometry
     by_layer: Tensor | None = field(default=None, repr=False)
     by_head: Tensor | None = field(default=None, repr=False)
-    word_filter: Literal["content", "none"] = "content"
+    token_filter: Literal["content", "none"] = "content"
 
     @cached_property
     def words(self) -> tuple[Word, ...]:
@@ -135,8 +135,8 @@ class AttentionMap:
 
     @property
     def average(self) -> Tensor:
-        """``[n]``: one map for the whole answer, the mean over the tokens that `word_filter` leaves."""
-        rows = content_of(self.words, len(self.tokens)) if self.word_filter == "content" else range(len(self.tokens))
+        """``[n]``: one map for the whole answer, the mean over the tokens that `token_filter` leaves."""
+        rows = content_of(self.words, len(self.tokens)) if self.token_filter == "content" else range(len(self.tokens))
         return self.values[list(rows)].mean(dim=0)
 
     @property
@@ -179,7 +179,7 @@ class AttentionMap:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-compatible values; NaN becomes None."""
-        plain = ("kind", "settings", "normalise", "sink_filter", "prompt", "answer", "sink_share", "word_filter")
+        plain = ("kind", "settings", "normalise", "sink_filter", "prompt", "answer", "sink_share", "token_filter")
         return {
             **{name: getattr(self, name) for name in plain},
             "layers": list(self.layers),

@@ -49,7 +49,7 @@ def rollout_rows(matrices: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
     return vectors
 
 
-def read_matrices(question: Question, reduce: object, num_tokens: int) -> list[Tensor]:
+def read_matrices(question: Question, kind: str, reduce: object, num_tokens: int) -> list[Tensor]:
     """
     Attention matrices of the prompt and of some tokens of the answer, which are read one by one as the answer was.
 
@@ -57,6 +57,8 @@ def read_matrices(question: Question, reduce: object, num_tokens: int) -> list[T
     ----------
     question
         Names layers.
+    kind
+        For errors.
     reduce
         See `Matrices`.
     num_tokens
@@ -74,6 +76,7 @@ def read_matrices(question: Question, reduce: object, num_tokens: int) -> list[T
         replay.read()
         for token in question.answered.new_ids[:num_tokens]:
             replay.step(token)
+        question.passes.check_inserted(num_tokens, kind)
         dense = matrices.dense(length)
     return [dense[layer] for layer in question.layers if layer in dense]
 
@@ -88,6 +91,6 @@ class Rollout(MapKind):
     def values(self, question: Question) -> Tensor:
         last, heads = max(question.rows), list(question.heads)
         question.passes.check_length(question.prompt_length + last, self.id)
-        matrices = read_matrices(question, lambda layer, weights: weights[heads].mean(dim=0), last)
+        matrices = read_matrices(question, self.id, lambda layer, weights: weights[heads].mean(dim=0), last)
         rows = rollout_rows(matrices, [question.prompt_length - 1 + t for t in question.rows])
         return question.without_gone(rows[:, question.positions])

@@ -103,6 +103,22 @@ def test_relative_to_the_question_itself_is_one(llava, picture):
     assert found.settings["neutral_prompt"] == QUESTION
 
 
+@pytest.mark.parametrize("kind", ["raw", "grad", "tam", "occlusion"])
+def test_one_of_several_images_is_mapped(kind, loaded, picture):
+    model, processor = loaded
+    settings = {"block": 7} if kind == "occlusion" else {}
+    shown = [picture, picture.rotate(180).resize((60, 80))]
+    each = [
+        attention_map(model, processor, shown, QUESTION, kind=kind, image_index=i, max_new_tokens=2, **settings)
+        for i in (0, 1)
+    ]
+    assert [found.geometry.size for found in each] == [(90, 60), (60, 80)]
+    assert each[0].answer == each[1].answer
+    torch.testing.assert_close(each[0].span_shares, each[1].span_shares)
+    assert all(bool(found.values.isfinite().all()) for found in each)
+    assert each[0].values.shape != each[1].values.shape or not torch.equal(each[0].values, each[1].values)
+
+
 @pytest.mark.parametrize("how", ["drop", "median"])
 def test_sinks_are_taken_out(how, llava, picture):
     """A method that looks at one cell makes it a sink."""

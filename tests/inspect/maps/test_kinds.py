@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import pytest
 import torch
 
 import lmmhooks
+from lmmhooks.family import resolve
 from lmmhooks.inspect.maps.flow import Flow, column_factors, flow_rows, head_weights
 from lmmhooks.inspect.maps.gradient import Gradient
 from lmmhooks.inspect.maps.reading import watching
 from lmmhooks.inspect.maps.relative import Relative, relative
 from lmmhooks.inspect.maps.relevancy import Relevancy, relevance_row, relevancy_update, rescaled
 from lmmhooks.inspect.maps.rollout import Rollout, rollout_rows
+from lmmhooks.methods.attention.base import AttentionMethod
+from lmmhooks.methods.reduction.tvc import TVC
 from tests.inspect.maps.small import ZooPasses, asked
 from tests.reference import maps
 from tests.zoo import FAMILIES, build
@@ -60,9 +66,12 @@ def test_relevancy_is_that_of_dense_updates(family):
     with watching(zoo.model, None):
         question = asked(ZooPasses(zoo, inputs), tokens=3)
         values = Relevancy().values(question)
+        shared = Relevancy(rescale=True).values(question)
     expected = maps.relevancy(zoo.model, inputs, list(question.answered.new_ids), 2)
-    for found, row in zip(values, expected, strict=True):
+    for found, scaled, row in zip(values, shared, expected, strict=True):
         scaled_close(found, row[question.positions])
+        # Relevance of itself is 1 and what is carried to it; the first is left out of what is shared.
+        torch.testing.assert_close(scaled, row[question.positions] / (row.sum() - 1), rtol=1e-3, atol=1e-6)
 
 
 def test_relevancy_without_gradient_is_the_identity():
@@ -155,6 +164,54 @@ def test_kinds_work_beside_a_reducer(kind, inputs):
         late = kind.values(asked(ZooPasses(zoo, inputs), tokens=2, layers=[2, 3]))
     assert bool(values.isfinite().all())
     assert late.isnan().sum(dim=1).tolist() == [11, 11]
+
+
+@dataclass(frozen=True)
+class Tripled(AttentionMethod):
+    """Three times the attention on one position, in place."""
+
+    id: ClassVar[str] = "tripled"
+    paper: ClassVar[str] = "none; test"
+
+    def edit_weights(self, weights, context):
+        weights[..., 9] *= 3
+        return weights.div_(weights.sum(dim=-1, keepdim=True))
+
+
+def test_derivatives_are_those_by_weights_after_edits(inputs):
+    """Edits in place change what the softmax remembers of its result, which its derivative needs."""
+    zoo = build("llava")
+    with lmmhooks.wrap(zoo.model, Tripled()), watching(zoo.model, None):
+        question = asked(ZooPasses(zoo, inputs), tokens=2, layers=[1])
+        values = Gradient().values(question)
+        assert bool(Relevancy().values(question).isfinite().all())
+    text = resolve(zoo.model)  # rows of text after the image are edited
+    first = int((inputs["input_ids"][0] == text.image_token_id).nonzero()[-1]) + 1
+
+    def tripled(weights):
+        factor = torch.ones_like(weights)
+        factor[:, first:, 9] = 3
+        edited = weights * factor
+        return edited / edited.sum(dim=-1, keepdim=True)
+
+    for t, row in enumerate(values):
+        expected = maps.grad_att(zoo.model, inputs, list(question.answered.new_ids), t, 1, tripled)
+        scaled_close(row, expected[question.positions])
+
+
+def test_answers_with_inserted_images_have_rows_but_no_matrices(inputs):
+    zoo = build("llava")
+    method = TVC(trigger="every", every=2, bridge=(9, 10), pooling=2)
+    with lmmhooks.wrap(zoo.model, method), watching(zoo.model, None):
+        passes = ZooPasses(zoo, inputs)
+        question = asked(passes, tokens=5)
+        assert bool(question.mean_rows().isfinite().all())
+        spans = question.answered.stacked("spans", 4)
+        torch.testing.assert_close(spans.sum(dim=-1), torch.ones(5, 4), rtol=0, atol=1e-5)
+        for kind in (Relevancy(), Rollout(), Flow()):
+            with pytest.raises(lmmhooks.PromptError, match="inserts tokens into the answer"):
+                kind.values(question)
+            kind.values(asked(passes, tokens=1))
 
 
 @pytest.mark.parametrize("kind", [Gradient(), Relevancy()], ids=lambda kind: kind.id)

@@ -12,6 +12,7 @@ import torch
 import lmmhooks
 from lmmhooks.engines.runtime import find_runtime
 from lmmhooks.inspect.maps.reading import GREEDY, watching
+from lmmhooks.inspect.maps.rollout import Rollout
 from lmmhooks.layout import Segment
 from lmmhooks.methods.attention.base import AttentionMethod
 from tests.inspect.maps.small import ZooPasses, asked
@@ -144,8 +145,13 @@ def test_compressed_caches_are_refused_where_positions_are_unknown():
     with lmmhooks.wrap(zoo.model, "look-m"), watching(zoo.model, None):
         passes = ZooPasses(zoo, zoo.inputs())
         assert len(asked(passes, tokens=1).answered.rows) == 1
+        question = asked(passes, tokens=3, rows=[0])
+        assert [len(row) for row in question.answered.rows] == [4, 0, 0]
+        assert bool(question.mean_rows().isfinite().all())
+        with pytest.raises(lmmhooks.PromptError, match="attention of token 1 of the answer could not be read"):
+            question.mean_rows(rows=[0, 1])
         with pytest.raises(lmmhooks.PromptError, match=r"cache of decoder layer . was compressed"):
-            asked(passes, tokens=3)
+            Rollout().values(asked(passes, tokens=3))
 
 
 def test_an_even_row_has_the_entropy_of_its_length():
