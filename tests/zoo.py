@@ -453,15 +453,20 @@ def encode(model: Zoo, inputs: dict[str, Tensor]) -> list[VisionInputs]:
     return calls
 
 
-def images_under_beams(model: Any, *counts: int) -> list[int]:
+def images_under_beams(zoo: Zoo, *counts: int) -> list[int]:
     """
     Images per row that beam search can be given, one instead of several where a version of transformers mixes them up.
 
-    Older ``generate`` repeats images one by one, [A, A, B, B] for a row with A and B, unless a family sees to it.
+    Older ``generate`` repeats images one by one, [A, A, B, B] for a row with A and B, unless a family sees to it. Where
+    the tiles of a single image fare no better, the test is skipped.
     """
-    inherited = type(model)._expand_inputs_for_generation is GenerationMixin._expand_inputs_for_generation
-    in_order = not inherited or hasattr(GenerationMixin, "_expand_multimodal_outputs")
-    return list(counts) if in_order else [min(count, 1) for count in counts]
+    inherited = type(zoo.model)._expand_inputs_for_generation is GenerationMixin._expand_inputs_for_generation
+    if not inherited or hasattr(GenerationMixin, "_expand_multimodal_outputs"):
+        return list(counts)
+    single = [min(count, 1) for count in counts]
+    if len(zoo.inputs(batch=len(single), images=single)["pixel_values"]) > sum(single):
+        pytest.skip(f"this version of transformers mixes up the tiles of an image under beams ({zoo.name})")
+    return single
 
 
 @pytest.fixture(scope="session")
