@@ -22,10 +22,11 @@ if TYPE_CHECKING:
 
     from lmmhooks_eval.recipe import DataPlan
 
-__all__ = ["Doc", "Metric", "Parsed", "Source", "Task", "Totals"]
+__all__ = ["Doc", "Metric", "Parsed", "Region", "Source", "Task", "Totals"]
 
 Doc = Mapping[str, Any]
 Totals = Mapping[str, np.ndarray]
+Region = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,11 @@ class Task:
         Documents of the same form that are no part of the benchmark, for settings that `lmmhooks calibrate` measures;
         None if there are none. Those that carry the fields ``value`` and ``h_value``, a true answer and one with
         invented objects, are demonstrations too.
+    region
+        Left, top, right and bottom of where to look, in pixels of the image, for methods that are told; for a document
+        about something that is not there, the place of something else. None if the task knows no places.
+    target
+        The box of all that a document asks about; None for one about what is not there, or in several places.
     at
         The same task on data elsewhere (a folder, another hub id); reads nothing yet. None for bundled data, which have
         one place.
@@ -162,6 +168,8 @@ class Task:
     cluster: Callable[[Doc], str] = _doc_id
     stratum: Callable[[Doc], str] = _no_stratum
     calibration: Callable[[], Sequence[Doc]] | None = None
+    region: Callable[[Doc], Region] | None = None
+    target: Callable[[Doc], Region | None] | None = None
     at: Callable[[DataPlan], Task] | None = None
 
     @property

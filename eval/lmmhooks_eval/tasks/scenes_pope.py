@@ -35,4 +35,6 @@ TASK = Task(
     generation={"max_new_tokens": 4, "do_sample": False},
     cluster=scenes.image_cluster,
     stratum=lambda doc: f"{doc['split']}/{doc['label']}",
+    region=scenes.region,
+    target=scenes.target,
 )
