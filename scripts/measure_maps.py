@@ -1,5 +1,5 @@
 """
-Measure how well maps find what is asked about: `python scripts/measure_maps.py --model tiny-llava --out FILE.json`.
+Measure how well maps find what is asked about: `python scripts/measure_maps.py --recipe refinement --out FILE.json`.
 
 Every kind of attention map and the map of every refinement method of the common shape, against the exact boxes of
 scenes-small and scenes-pope. Writes the record, and beside it a sheet of pictures under the same name.
@@ -14,35 +14,49 @@ from pathlib import Path
 
 from lmmhooks.bench.record import check_writable, write_record
 from lmmhooks.loading import load
+from lmmhooks.methods.refinement.base import LookAgain
+from lmmhooks.methods.refinement.nested import MapOfAnother
 from lmmhooks_eval.environment import describe
 from lmmhooks_eval.identity import ModelIdentity
 from lmmhooks_eval.localisation import KINDS, measure, summary
 from lmmhooks_eval.plan import select
+from lmmhooks_eval.recipe import Recipe
+from lmmhooks_eval.recipes import load as load_recipe
 from lmmhooks_eval.report.contact_sheet import contact_sheet, shown_documents
 from lmmhooks_eval.tasks import get_task
 
 TASKS = ("scenes-small", "scenes-pope")
-METHODS = {name: name for name in ("carve", "vicrop-rel", "vicrop-grad", "vicrop-pure-grad", "api", "attwarp")}
+
+
+def methods_of(recipe: Recipe) -> dict[str, str]:
+    """Variants of a recipe that are one method with a map of its own."""
+    alone = {name: built[0] for name, built in recipe.methods().items() if len(built) == 1}
+    return {
+        name: method.spec()
+        for name, method in alone.items()
+        if isinstance(method, LookAgain) and not isinstance(method, MapOfAnother)
+    }
 
 
 def main() -> None:
     """Measure and write one result file and its pictures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
-    parser.add_argument("--model", default="tiny-llava")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--recipe", help="its model, and the maps of its methods beside the kinds of maps")
+    what.add_argument("--model", help="kinds of maps alone")
     parser.add_argument("--limit", type=int, default=120, help="about this many documents of each task")
     parser.add_argument("--task", action="append", help=f"repeatable; unset: {', '.join(TASKS)}")
     parser.add_argument("--kind", action="append", choices=KINDS, help="repeatable; unset: all")
-    parser.add_argument(
-        "--method", action="append", metavar="NAME=SPEC", help="repeatable, e.g. carve='carve(read_layers=(4, 5))'"
-    )
     parser.add_argument("--calibration", action="store_true", help="on documents that are no part of the benchmark")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     check_writable(given.out)
-    methods = METHODS if given.method is None else dict(pair.partition("=")[::2] for pair in given.method)
+    recipe = None if given.recipe is None else load_recipe(given.recipe)
+    name_of_model = given.model if recipe is None else recipe.model
+    methods = {} if recipe is None else methods_of(recipe)
     kinds = tuple(given.kind or KINDS)
-    model, processor = load(given.model, dtype="float32")
+    model, processor = load(name_of_model, dtype="float32")
     tasks, sources = {}, {}
     for name in given.task or TASKS:
         task = get_task(name)
@@ -58,10 +72,11 @@ def main() -> None:
         if shown_documents(task, docs):
             sheet = given.out.with_name(f"{given.out.stem}-{name}.png")
             contact_sheet(model, processor, task, docs, tasks[name], methods, sheet)
+    identity = ModelIdentity.of(name_of_model, model, processor, settings={}, system=None, quantization=None)
     record = {
         "kind": "localisation",
-        "model": given.model,
-        "environment": describe(model, asdict(ModelIdentity.of(given.model, model, processor)), sources),
+        "model": name_of_model,
+        "environment": describe(model, asdict(identity), sources),
         "methods": methods,
         "limit": given.limit,
         "calibration": given.calibration,
