@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import nn
 
 from lmmhooks.errors import PromptError
@@ -17,7 +17,7 @@ __all__ = ["answer", "as_images", "build_batch", "build_inputs", "decode_new", "
 
 def open_image(source: Any) -> Image.Image:
     """
-    A PIL image in RGB.
+    A PIL image in RGB, upright: what its Exif orientation says is done to its pixels, as transformers does on loading.
 
     Parameters
     ----------
@@ -30,12 +30,12 @@ def open_image(source: Any) -> Image.Image:
         The file does not exist or does not decode.
     """
     if isinstance(source, Image.Image):
-        return source.convert("RGB")
+        return ImageOps.exif_transpose(source).convert("RGB")
     if not isinstance(source, (str, Path)):
         raise PromptError(f"an image is a PIL image or a path, not {type(source).__name__}")
     try:
         with Image.open(source) as image:
-            return image.convert("RGB")
+            return ImageOps.exif_transpose(image).convert("RGB")
     except FileNotFoundError:
         raise PromptError(f"image {str(source)!r} does not exist; check the path") from None
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
@@ -51,6 +51,7 @@ def build_inputs(
     dtype: torch.dtype | None = None,
     *,
     turns: Sequence[tuple[str, str]] = (),
+    images_kwargs: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """
     Model inputs for one question about some images, through the processor's chat template.
@@ -69,6 +70,8 @@ def build_inputs(
         Of floating-point tensors (pixels); None leaves them in float32.
     turns
         What was said before: questions without image, and their replies.
+    images_kwargs
+        Settings of the image processor in the place of its own; None for none.
 
     Raises
     ------
@@ -76,7 +79,8 @@ def build_inputs(
         No processor, an empty prompt, or an image that cannot be read.
     """
     opened, text = _rendered(processor, images, prompt, turns)
-    inputs = processor(images=opened or None, text=[text], return_tensors="pt")
+    extra = {"images_kwargs": dict(images_kwargs)} if images_kwargs and opened else {}
+    inputs = processor(images=opened or None, text=[text], return_tensors="pt", **extra)
     return _placed(inputs, device, dtype)
 
 

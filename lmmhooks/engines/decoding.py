@@ -326,11 +326,11 @@ class BranchEngine:
     def _run(self, kwargs: dict[str, Any]) -> Tensor:
         """A forward of the branch rows alone, inside the forward of the caller."""
         newest = self.runtime.last
-        self._inside, self.reader.listening = True, False
+        self._inside, self.reader.listening, self.runtime.aside = True, False, True
         try:
             logits: Tensor = self.family.model(**{**kwargs, "use_cache": True, "return_dict": True}).logits
         finally:
-            self._inside, self.reader.listening = False, True
+            self._inside, self.reader.listening, self.runtime.aside = False, True, False
             self.runtime.last = newest
         return logits.float()
 
