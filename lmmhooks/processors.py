@@ -89,6 +89,10 @@ def _without_videos(processor_class: Any, path: str, hub: dict[str, Any]) -> Any
         raise ValueError(f"its {processor_class.__name__} needs {', '.join(sorted(unknown))}; pip install torchvision")
     parts = [loaders[name].from_pretrained(path, **hub) if name in loaders else None for name in attributes]
     settings, _ = processor_class.get_processor_dict(path, **hub)
+    return image_only(processor_class).from_args_and_dict(parts, settings)
+
+
+def image_only(processor_class: Any) -> Any:
+    """A processor class that can do without its video processor (None), and refuses videos."""
     # The same name: it is written into saved files, and transformers looks some behaviour up by it.
-    image_only: Any = type(processor_class.__name__, (_WithoutVideos, processor_class), {"__module__": __name__})
-    return image_only.from_args_and_dict(parts, settings)
+    return type(processor_class.__name__, (_WithoutVideos, processor_class), {"__module__": __name__})

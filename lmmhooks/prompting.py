@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import nn
 
 from lmmhooks.errors import PromptError
@@ -18,7 +18,7 @@ __all__ = ["Prompter", "answer", "as_images", "build_inputs", "conversation", "d
 
 def open_image(source: Any) -> Image.Image:
     """
-    A PIL image in RGB.
+    A PIL image in RGB, upright: what its Exif orientation says is done to its pixels, as transformers does on loading.
 
     Parameters
     ----------
@@ -31,12 +31,12 @@ def open_image(source: Any) -> Image.Image:
         The file does not exist or does not decode.
     """
     if isinstance(source, Image.Image):
-        return source.convert("RGB")
+        return ImageOps.exif_transpose(source).convert("RGB")
     if not isinstance(source, (str, Path)):
         raise PromptError(f"an image is a PIL image or a path, not {type(source).__name__}")
     try:
         with Image.open(source) as image:
-            return image.convert("RGB")
+            return ImageOps.exif_transpose(image).convert("RGB")
     except FileNotFoundError:
         raise PromptError(f"image {str(source)!r} does not exist; check the path") from None
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
@@ -219,6 +219,7 @@ def build_inputs(
     dtype: torch.dtype | None = None,
     *,
     turns: Sequence[tuple[str, str]] = (),
+    images_kwargs: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """
     Model inputs for one question about some images, through the processor's chat template.
@@ -233,13 +234,16 @@ def build_inputs(
         The question; or several texts, one behind each image.
     device, dtype, turns
         As for `Prompter.inputs`.
+    images_kwargs
+        Settings of the image processor in the place of its own; None for none.
 
     Raises
     ------
     PromptError
         No processor, an empty prompt, or an image that cannot be read.
     """
-    return Prompter(processor).inputs([images], [prompt], device, dtype, turns=turns)
+    prompter = Prompter(processor, settings=images_kwargs or {})
+    return prompter.inputs([images], [prompt], device, dtype, turns=turns)
 
 
 def as_images(image: Any) -> list[Any]:

@@ -60,7 +60,7 @@ _TEXT: dict[str, Any] = {
 }
 _TOWER: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 3}
 #: Any-resolution tiles of 16 x 16 pixels, up to 2 x 2 of them.
-_PINPOINTS = [[16, 32], [32, 16], [32, 32]]
+PINPOINTS = [[16, 32], [32, 16], [32, 32]]
 
 #: Inputs with one entry per row; the others have one per image, tile or patch.
 ROW_KEYS = ("input_ids", "attention_mask", "mm_token_type_ids")
@@ -138,7 +138,7 @@ class LlavaNext(AnyRes):
             text_config=LlamaConfig(**text),
             image_token_index=IMAGE,
             vision_feature_layer=-2,
-            image_grid_pinpoints=_PINPOINTS,
+            image_grid_pinpoints=PINPOINTS,
         )
 
 
@@ -153,7 +153,7 @@ class LlavaOnevision(AnyRes):
             text_config=Qwen2Config(**text),
             image_token_index=IMAGE,
             video_token_index=VIDEO,
-            image_grid_pinpoints=_PINPOINTS,
+            image_grid_pinpoints=PINPOINTS,
             vision_aspect_ratio="anyres_max_2",
         )
 

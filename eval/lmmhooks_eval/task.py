@@ -22,10 +22,11 @@ if TYPE_CHECKING:
 
     from lmmhooks_eval.recipe import DataPlan
 
-__all__ = ["AnswerWords", "Doc", "Metric", "Parsed", "Source", "Task", "Totals"]
+__all__ = ["AnswerWords", "Doc", "Metric", "Parsed", "Region", "Source", "Task", "Totals"]
 
 Doc = Mapping[str, Any]
 Totals = Mapping[str, np.ndarray]
+Region = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,11 @@ class Task:
         invented objects, are demonstrations too.
     answer_words
         For yes/no tasks: how sure the model is of its answer is stored with it, and its ranking of documents scored.
+    region
+        Left, top, right and bottom of where to look, in pixels of the image, for methods that are told; for a document
+        about something that is not there, the place of something else. None if the task knows no places.
+    target
+        The box of all that a document asks about; None for one about what is not there, or in several places.
     at
         The same task on data elsewhere (a folder, another hub id); reads nothing yet. None for bundled data, which have
         one place.
@@ -186,6 +192,8 @@ class Task:
     stratum: Callable[[Doc], str] = _no_stratum
     calibration: Callable[[], Sequence[Doc]] | None = None
     answer_words: AnswerWords | None = None
+    region: Callable[[Doc], Region] | None = None
+    target: Callable[[Doc], Region | None] | None = None
     at: Callable[[DataPlan], Task] | None = None
 
     @property

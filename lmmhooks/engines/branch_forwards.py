@@ -261,11 +261,11 @@ class BranchForwards:
     def run(self, kwargs: dict[str, Any]) -> Tensor:
         """A forward of the branch rows alone, inside the forward of the caller; its logits, float32."""
         newest = self.runtime.last
-        self.inside, self.reader.listening = True, False
+        self.inside, self.reader.listening, self.runtime.aside = True, False, True
         try:
             logits: Tensor = self.family.model(**{**kwargs, "use_cache": True, "return_dict": True}).logits
         finally:
-            self.inside, self.reader.listening = False, True
+            self.inside, self.reader.listening, self.runtime.aside = False, True, False
             self.runtime.last = newest
         return logits.float()
 

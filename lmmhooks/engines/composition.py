@@ -19,6 +19,7 @@ from lmmhooks.methods.reduction.compute import ComputeMethod
 from lmmhooks.methods.reduction.downsample import Downsample
 from lmmhooks.methods.reduction.injecting import InjectionMethod
 from lmmhooks.methods.reduction.tower import TowerMethod
+from lmmhooks.methods.refinement.base import RefinementMethod
 
 __all__ = ["check_composition"]
 
@@ -118,6 +119,8 @@ def _looks_back(family: Any, part: Method) -> bool:
     """Whether it edits or reads the attention of tokens that follow the prompt."""
     if isinstance(part, DecodingMethod):
         return bool(part.reads_attention(family))
+    if isinstance(part, RefinementMethod):
+        return bool(part.layers(family))
     return isinstance(part, AttentionMethod) and part.on_decode and bool(part.edits)
 
 

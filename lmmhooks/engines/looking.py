@@ -8,8 +8,9 @@ prompt, every pass reads everything.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
 
 __all__ = ["LookingEngine"]
 
+#: One token after the other, the likeliest each time, whatever the model's own settings are.
+GREEDY = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
 #: Inputs that are about the text of a prompt; the others are about its images.
 TEXT_INPUTS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
 
@@ -50,13 +53,15 @@ class LookingEngine(AnswerEngine):
 
     def __init__(self, runtime: Runtime, methods: Sequence[RefinementMethod]) -> None:
         super().__init__(runtime, methods)
-        self.once = ReadOnce(runtime, shares=len(runtime.methods()) == 1)
+        # Whoever reads or edits what a forward reads, or makes rows of its own, is to see whole prompts.
+        self.once = ReadOnce(runtime, shares=len(runtime.methods()) == 1 and not runtime.probes)
         self.layers = self.method.layers(runtime.family)
         self.looked_at: list[Image] = []
         """Pictures that the newest answer is about, in order."""
         self.rows: dict[int, list[Tensor]] | None = None
         """Attention that is being read, by layer and step; None while nobody listens."""
-        self._image = b""
+        self._known: Any = None
+        """Image and weights that what was kept is about."""
 
     @property
     def decoder_probes(self) -> list[DecoderProbe]:
@@ -81,9 +86,9 @@ class LookingEngine(AnswerEngine):
             raise PromptError(f"{self.method.id} looks at one image, and was given {len(images)}; ask about each alone")
         region = generate_kwargs.pop("region", None)
         looker = Looker(self, prompter, prompter.shown(images[0]), prompt, region)
-        if (name := looker.digest(looker.image)) != self._image:
-            # What was kept is about another image.
-            self._image = name
+        known = looker.digest(looker.image), _weights(self.runtime.family.model)
+        if known != self._known:
+            self._known = known
             self.once.forget()
             self.memory.clear()
         return looker
@@ -100,8 +105,13 @@ class LookingEngine(AnswerEngine):
             shape = DecoderShape.from_config(family.model.config)
             cost.prefill_flops -= 2 * prefill_macs(shape, dense_counts(text, [visual] * shape.layers))
 
+    def answer(self, prompter: Prompter, image: Any, prompt: str, **generate_kwargs: Any) -> str:
+        if not as_images(image) and generate_kwargs.pop("region", None) is not None:
+            raise PromptError("a region was given without an image that it could be a part of; leave region out")
+        return super().answer(prompter, image, prompt, **generate_kwargs)
+
     def _listens(self) -> bool:
-        return self.rows is not None
+        return self.rows is not None and not self.runtime.aside
 
     def _hear(self, layer: int, weights: Tensor, members: Tensor, rows: Tensor, edit: Edit) -> None:
         assert self.rows is not None, "somebody listens"
@@ -134,10 +144,8 @@ class Looker(Asker):
     @property
     def geometry(self) -> Geometry:
         if self._geometry is None:
-            if self.engine.runtime.last is None or not self.engine.runtime.last.stages:
-                self.score(self.prompt)
-            [span] = self.engine.runtime.last_state.layout.spans_of(0)[:1]
-            self._geometry = geometry_of(self.family, span, self.image.size, self.processor)
+            self._given(self.prompt)
+        assert self._geometry is not None, "the newest prompt is about this image"
         return self._geometry
 
     def at(self, image: Image) -> Looker:
@@ -160,16 +168,20 @@ class Looker(Asker):
     def watch(self, prompt: str, *, max_new_tokens: int) -> Seen:
         self.engine.rows = rows = {layer: [] for layer in self.engine.layers}
         try:
-            reply = self._generate(prompt, [self.image], {"max_new_tokens": max_new_tokens})
+            reply = self._generate(prompt, [self.image], {**GREEDY, "max_new_tokens": max_new_tokens})
         finally:
             self.engine.rows = None
         # [T, L, H, n]: what the last token pays is read only if another is predicted from it.
         steps = torch.stack([torch.stack(layer[: len(reply.tokens)]) for layer in rows.values()], dim=1)
         self._see()
-        return Seen(reply, steps, self.engine.runtime.last_state.layout.length)
+        # Beside branches, rows may be padded.
+        state = self.engine.runtime.last_state
+        # Beside branches, rows may be padded on the left.
+        return Seen(reply, steps, int(state.layout.valid[0].sum()))
 
     def score(self, prompt: str | Sequence[str], images: Sequence[Image] | None = None) -> Tensor:
-        reply = self._generate(prompt, [self.image] if images is None else images, {"max_new_tokens": 1})
+        shown = [self.image] if images is None else images
+        reply = self._generate(prompt, shown, {**GREEDY, "max_new_tokens": 1})
         return reply.logits[0]
 
     def tell(
@@ -179,11 +191,12 @@ class Looker(Asker):
         *,
         offset: Tensor | None = None,
         turns: Sequence[tuple[str, str]] = (),
+        images_kwargs: Mapping[str, Any] | None = None,
         **generate_kwargs: Any,
     ) -> Reply:
         shown = [self.image] if images is None else list(images)
         self.engine.looked_at = shown
-        return self._generate(prompt, shown, generate_kwargs, offset, turns)
+        return self._generate(prompt, shown, generate_kwargs, offset, turns, images_kwargs)
 
     def _generate(
         self,
@@ -192,11 +205,10 @@ class Looker(Asker):
         arguments: Mapping[str, Any],
         offset: Tensor | None = None,
         turns: Sequence[tuple[str, str]] = (),
+        images_kwargs: Mapping[str, Any] | None = None,
     ) -> Reply:
-        inputs = self._inputs(images, prompt, turns)
-        if not arguments.get("do_sample"):
-            arguments = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, **arguments}
-        with self._sharing(images, prompt, inputs, offset):
+        inputs = self._inputs(images, prompt, turns, images_kwargs)
+        with self._showing(images, inputs, offset, images_kwargs):
             out = self.engine.generate(inputs, **arguments, output_logits=True)
         new = out.sequences[0, inputs["input_ids"].shape[1] :].tolist()
         # Of beams, rows change places: their logits are not those of the sequence that won.
@@ -204,34 +216,45 @@ class Looker(Asker):
         return self._reply(new, torch.stack(rows).float())
 
     def _inputs(
-        self, images: Sequence[Image], prompt: str | Sequence[str], turns: Sequence[tuple[str, str]] = ()
+        self,
+        images: Sequence[Image],
+        prompt: str | Sequence[str],
+        turns: Sequence[tuple[str, str]] = (),
+        images_kwargs: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
-        return self.engine.inputs(self.prompter, images, [prompt], turns)
+        prompter = self.prompter
+        if images_kwargs:
+            prompter = replace(prompter, settings={**prompter.settings, **images_kwargs})
+        return self.engine.inputs(prompter, images, [prompt], turns)
 
-    @contextmanager
-    def _sharing(
-        self, images: Sequence[Image], prompt: str | Sequence[str], inputs: Mapping[str, Any], offset: Tensor | None
-    ) -> Iterator[None]:
-        pictures = []
-        for place, image in enumerate(images):
-            alone = inputs if len(images) == 1 else self._inputs([image], "".join(prompt))
-            own = {name: value for name, value in alone.items() if name not in TEXT_INPUTS}
-            pictures.append(Picture(self.digest(image), own, None if place else offset))
-        self.engine.once.pictures = pictures
-        try:
-            yield
-        finally:
-            self.engine.once.pictures = None
+    def _showing(
+        self,
+        images: Sequence[Image],
+        inputs: Mapping[str, Any],
+        offset: Tensor | None = None,
+        images_kwargs: Mapping[str, Any] | None = None,
+    ) -> AbstractContextManager[None]:
+        """While a pass about some images runs."""
+
+        def process(image: Image) -> dict[str, Any]:
+            alone = inputs if len(images) == 1 else self._inputs([image], self.prompt, (), images_kwargs)
+            return {name: value for name, value in alone.items() if name not in TEXT_INPUTS}
+
+        how = repr(sorted((images_kwargs or {}).items())).encode()
+        return self.engine.once.showing(
+            [
+                Picture(self.digest(image) + how, partial(process, image), None if place else offset)
+                for place, image in enumerate(images)
+            ]
+        )
 
     # -- gradients ----------------------------------------------------------------------------------------------------
 
     def gradient(self, prompt: str, layer: int) -> tuple[Tensor, Tensor]:
         kwargs, cache = self._read(prompt)
-        length = kwargs["inputs_embeds"].shape[1]
-        before = DynamicCache(config=self.family.text_config)
-        for index, entry in enumerate(cache.layers):
-            before.update(entry.keys[:, :, : length - 1], entry.values[:, :, : length - 1], index)
-        step = {**_without_images(kwargs), "inputs_embeds": kwargs["inputs_embeds"][:, -1:], "past_key_values": before}
+        # The last position is read again, with its graph.
+        cache.crop(-1)
+        step = {**_without_images(kwargs), "inputs_embeds": kwargs["inputs_embeds"][:, -1:], "past_key_values": cache}
         for name in ("position_ids", "cache_position"):
             if kwargs.get(name) is not None:
                 step[name] = kwargs[name][..., -1:]
@@ -245,7 +268,7 @@ class Looker(Asker):
 
         # Below the layer nothing asks for gradients: the graph is one token from there on.
         with torch.enable_grad(), self.engine.runtime.silent({layer: attend}):
-            hidden = self.family.text_model(**step).last_hidden_state
+            hidden = self.family.text_model(**{**step, "use_cache": True}).last_hidden_state
             chance = self.family.token_logits(hidden[0, -1]).log_softmax(dim=-1).max()
             [gradient] = torch.autograd.grad(chance, leaf)
         positions = self._span().positions.to(gradient.device)
@@ -255,11 +278,14 @@ class Looker(Asker):
         inputs = self._inputs([self.image], prompt)
         name = next(name for name in (PIXELS["image"], *inputs) if name in inputs and inputs[name].is_floating_point())
         pixels = inputs[name].detach().clone().requires_grad_()
+        once, runtime = self.engine.once, self.engine.runtime
         with torch.enable_grad():
-            logits = self.family.model(**{**inputs, name: pixels}, use_cache=False, logits_to_keep=1).logits
-            chance = logits[0, -1].float().log_softmax(dim=-1).max()
+            kwargs = once.given({**inputs, name: pixels})
+            self._see()
+            with runtime.silent({}):
+                hidden = self.family.text_model(**{**kwargs, "use_cache": False}).last_hidden_state
+            chance = self.family.token_logits(hidden[0, -1]).log_softmax(dim=-1).max()
             [gradient] = torch.autograd.grad(chance, pixels)
-        self._see()
         given = {key: value for key, value in inputs.items() if key not in TEXT_INPUTS}
         # Only the arguments of the call are looked at.
         features = BaseModelOutputWithPooling(pooler_output=[torch.empty(len(self._span()), 0)])
@@ -267,7 +293,7 @@ class Looker(Asker):
         return [part for image in self.family.unpack_pixels(vision) for part in image]
 
     def steer(self, prompt: str, layers: Sequence[int], offset: Tensor) -> Tensor:
-        kwargs, _ = self._read(prompt)
+        kwargs = self._given(prompt)
         span = self._span()
         embeds = kwargs["inputs_embeds"].clone()
         places = span.positions.to(embeds.device)
@@ -291,7 +317,7 @@ class Looker(Asker):
         return torch.stack([found[layer] for layer in sorted(found)])
 
     def matrices(self, prompt: str, reply: Sequence[int], fold: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        kwargs, _ = self._read(prompt, reply)
+        kwargs = self._given(prompt, reply)
         length = kwargs["inputs_embeds"].shape[1]
         later = torch.ones(length, length, dtype=torch.bool, device=kwargs["inputs_embeds"].device).triu(1)
         found: dict[int, Tensor] = {}
@@ -315,18 +341,28 @@ class Looker(Asker):
             self.family.text_model(**step)
         return torch.stack([found[layer] for layer in sorted(found)]), self._span().positions.cpu()
 
-    def _read(self, prompt: str, reply: Sequence[int] = ()) -> tuple[dict[str, Any], DynamicCache]:
-        """What the language model was given to read a prompt about the image, and the cache it left."""
+    def _given(self, prompt: str, reply: Sequence[int] = ()) -> dict[str, Any]:
+        """What the language model would be given to read a prompt about the image, and the beginning of its answer."""
         inputs = self._inputs([self.image], prompt)
         for token in reply:
             inputs = started(inputs, [token])
-        with self._sharing([self.image], prompt, inputs, None), torch.no_grad():
-            cache = DynamicCache(config=self.family.text_config)
-            self.engine.once.newest = None
-            self.family.model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        with self._showing([self.image], inputs), torch.no_grad():
+            kwargs = self.engine.once.given(inputs)
         self._see()
-        assert self.engine.once.newest is not None, "the language model has just run"
-        return self.engine.once.newest, cache
+        return kwargs
+
+    def _read(self, prompt: str) -> tuple[dict[str, Any], DynamicCache]:
+        """The same, with the cache that the language model leaves once it read the prompt; no method acts in it."""
+        kwargs, cache = self._given(prompt), DynamicCache(config=self.family.text_config)
+        with torch.no_grad():
+            if self.engine.once.shares:
+                inputs = self._inputs([self.image], prompt)
+                with self._showing([self.image], inputs):
+                    self.family.model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            else:
+                with self.engine.runtime.silent({}):
+                    self.family.text_model(**{**kwargs, "past_key_values": cache, "use_cache": True})
+        return kwargs, cache
 
     def _span(self) -> Any:
         return self.engine.runtime.last_state.layout.spans_of(0)[0]
@@ -335,6 +371,11 @@ class Looker(Asker):
         """Note where the image's tokens lie, while the newest prompt is one about it."""
         if self._geometry is None:
             self._geometry = geometry_of(self.family, self._span(), self.image.size, self.processor)
+
+
+def _weights(model: Any) -> list[tuple[Any, ...]]:
+    """Differs once weights moved or changed: what was read with the old ones is of no use."""
+    return [(p.data_ptr(), p.dtype, p.is_inference() or p._version) for p in model.parameters()]
 
 
 class _Enough(Exception):

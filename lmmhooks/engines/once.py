@@ -9,7 +9,8 @@ of the prompt) sees the whole prompt, and everything below sees what it would se
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from transformers import Cache
 from lmmhooks.engines.attach import Attachments
 from lmmhooks.engines.branch_vision import Entry, entries_of, with_entries
 from lmmhooks.engines.prefix_sharing import can_share
+from lmmhooks.engines.state import PromptState
 from lmmhooks.vision import PIXELS
 
 if TYPE_CHECKING:
@@ -29,6 +31,10 @@ __all__ = ["Picture", "ReadOnce"]
 
 #: Prompts whose keys and values are kept: of the image in front of the model, and of what was made of it last.
 NUM_KEPT = 2
+#: Images whose features are kept, the newest ones; a search may show hundreds of crops.
+NUM_ENCODED = 16
+#: Arguments of a language model that are understood, and can be cut where prompts part.
+_CUT = ("inputs_embeds", "attention_mask", "position_ids", "cache_position", "visual_pos_masks")
 
 
 @dataclass(eq=False)
@@ -40,15 +46,29 @@ class Picture:
     ----------
     digest
         Names its pixels.
-    inputs
-        What the processor makes of it alone.
+    process
+        Returns what the processor makes of it alone; called at most once.
     offset
-        ``[n, D]`` added to its features, None for nothing; such an image shares nothing with others.
+        ``[n, D]`` added to its embeddings, None for nothing; such an image shares no reading with others.
     """
 
     digest: bytes
-    inputs: dict[str, Any]
+    process: Callable[[], dict[str, Any]]
     offset: Tensor | None = None
+
+    @functools.cached_property
+    def inputs(self) -> dict[str, Any]:
+        """What the processor makes of it alone."""
+        return self.process()
+
+
+@dataclass(eq=False)
+class _Encoded:
+    """An image that was encoded: how many rows of pixels it has, an output that holds nothing else, and its entries."""
+
+    num_rows: int
+    output: Any
+    entries: list[Entry] = field(repr=False)
 
 
 @dataclass(eq=False)
@@ -58,6 +78,14 @@ class _Read:
     input_ids: Tensor
     images: list[tuple[bytes, int, int]]
     layers: list[tuple[Tensor, Tensor]] = field(repr=False)
+
+
+class _Given(Exception):
+    """The arguments of the language model are known, and the forward need not go on."""
+
+    def __init__(self, kwargs: dict[str, Any]) -> None:
+        super().__init__()
+        self.kwargs = kwargs
 
 
 class ReadOnce:
@@ -73,32 +101,33 @@ class ReadOnce:
 
     Attributes
     ----------
-    pictures
-        Images of the pass that is under way, in order; None: nothing is shared now.
     num_read
         Positions of the newest prompt that were read for it.
     shared
         Text and visual tokens of the newest prompt that an earlier one had read for it.
-    newest
-        What the language model was given to read the newest prompt.
+    num_encoded
+        Images that went through the encoder since the engine was attached; for passes that share.
     """
 
     def __init__(self, runtime: Runtime, shares: bool) -> None:
         self.runtime = runtime
         self.shares = shares
-        self.pictures: Sequence[Picture] | None = None
         self.num_read = 0
         self.shared = (0, 0)
-        self.newest: dict[str, Any] | None = None
-        self._features: dict[bytes, tuple[Any, list[Entry]]] = {}
+        self.num_encoded = 0
+        self._pictures: Sequence[Picture] | None = None
+        self._asks = False
+        self._features: dict[bytes, _Encoded] = {}
         self._prompts: list[_Read] = []
 
     def attach(self, attachments: Attachments) -> None:
         """Stand in front of encoder and decoder; plain calls where nothing is shared."""
         text_model = self.runtime.family.text_model
         original = text_model.forward
-        if self.shares:
-            attachments.attribute(self.runtime, "encoder_hook", self._encode, "encoder of images seen before")
+        attachments.attribute(self.runtime, "prompt_hook", self._enter, "prompts of passes")
+        if not self.shares:
+            return
+        attachments.attribute(self.runtime, "encoder_hook", self._encode, "encoder of images seen before")
 
         @functools.wraps(original)
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -106,46 +135,103 @@ class ReadOnce:
 
         attachments.attribute(text_model, "forward", forward, "language model, beginning where prompts part")
 
+    @contextmanager
+    def showing(self, pictures: Sequence[Picture]) -> Iterator[None]:
+        """A pass about these images, in order, is under way."""
+        before, self._pictures = self._pictures, pictures
+        try:
+            yield
+        finally:
+            self._pictures = before
+
+    def given(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """What the language model would be given to read a prompt if no method acted in it; it does not run."""
+        runtime, hook = self.runtime, self.runtime.encoder_hook
+        if not self.shares:
+            # Of whoever encodes several variants of an image.
+            runtime.encoder_hook = None
+        self._asks = True
+        try:
+            # Not through the model, whose hooks would stack branches.
+            runtime.family.core(**inputs, use_cache=False)
+        except _Given as known:
+            return known.kwargs
+        finally:
+            self._asks = False
+            runtime.encoder_hook = hook
+        raise AssertionError("the multimodal model did not call its language model")
+
     def forget(self) -> None:
-        """Another image: nothing of what was read is of use any more."""
+        """Another image, or other weights: nothing of what was read is of use any more."""
         self._features.clear()
         self._prompts.clear()
 
     # -- features -----------------------------------------------------------------------------------------------------
 
     def _encode(self, modality: str, encode: Callable[..., Any], arguments: dict[str, Any]) -> Any:
-        pictures = self.pictures
-        if modality != "image" or not pictures or not self._separable(pictures, arguments):
+        pictures, name = self._pictures, PIXELS["image"]
+        if modality != "image" or not pictures or name not in arguments or not self._separable(len(pictures)):
             return encode(**arguments)
-        entries: list[Entry] = []
-        for picture in pictures:
-            if picture.digest not in self._features:
-                given = {name: value for name, value in picture.inputs.items() if name in arguments}
-                output = encode(**{**arguments, **given})
-                self._features[picture.digest] = output, entries_of(output)
-            like, seen = self._features[picture.digest]
-            entries += seen if picture.offset is None else _shifted(seen, picture.offset)
-        return with_entries(like, entries)
+        encoded = [self._features.get(picture.digest) for picture in pictures]
+        rows = [
+            len(picture.inputs[name]) if known is None else known.num_rows
+            for picture, known in zip(pictures, encoded, strict=True)
+        ]
+        if len(arguments[name]) != sum(rows):
+            # Repeated for beams: not these images, once each.
+            return encode(**arguments)
+        for place, (picture, known) in enumerate(zip(pictures, encoded, strict=True)):
+            if known is None:
+                # It may have been the one before.
+                encoded[place] = self._features.get(picture.digest) or self._encode_one(picture, encode, arguments)
+        outputs = [known for known in encoded if known is not None]
+        for picture, known in zip(pictures, outputs, strict=True):
+            # The ones shown last come last.
+            self._features.pop(picture.digest, None)
+            self._features[picture.digest] = known
+        for digest in list(self._features)[: -max(NUM_ENCODED, len(pictures))]:
+            del self._features[digest]
+        return with_entries(outputs[0].output, [entry for known in outputs for entry in known.entries])
 
-    def _separable(self, pictures: Sequence[Picture], arguments: dict[str, Any]) -> bool:
-        """Whether the call is about these images, once each, and an image looks the same beside others."""
-        if len(pictures) > 1 and not self.runtime.family.encodes_images_alone:
-            return False
-        name = PIXELS["image"]
-        return name in arguments and len(arguments[name]) == sum(len(picture.inputs[name]) for picture in pictures)
+    def _encode_one(self, picture: Picture, encode: Callable[..., Any], arguments: dict[str, Any]) -> _Encoded:
+        own = {name: value for name, value in picture.inputs.items() if name in arguments}
+        output = encode(**{**arguments, **own})
+        entries = entries_of(output)
+        self.num_encoded += 1
+        # The output itself may hold the hidden states of all layers of the tower.
+        kept = _Encoded(len(own[PIXELS["image"]]), with_entries(output, entries), entries)
+        self._features[picture.digest] = kept
+        return kept
+
+    def _separable(self, num_pictures: int) -> bool:
+        """Whether images look the same beside others."""
+        return num_pictures == 1 or self.runtime.family.encodes_images_alone
 
     # -- the prompt ---------------------------------------------------------------------------------------------------
 
+    def _enter(self, state: PromptState, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The prompt of a pass, before any method acts on it; see `Runtime.prompt_hook`."""
+        self.num_read, self.shared = int(state.input_ids.shape[1]), (0, 0)
+        offset = self._pictures[0].offset if self._pictures else None
+        if offset is not None:
+            embeds = kwargs["inputs_embeds"].clone()
+            for span in state.layout.spans:
+                # Branches may show something else in the place of the image.
+                if span.modality == "image" and span.image == 0 and len(span) == len(offset):
+                    embeds[span.sample, span.positions.to(embeds.device)] += offset.to(embeds)
+            kwargs = {**kwargs, "inputs_embeds": embeds}
+        if self._asks:
+            raise _Given(kwargs)
+        return kwargs
+
     def _forward(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        state, cache = self.runtime.current, kwargs.get("past_key_values")
-        if state is None or not state.is_prefill:
+        state, cache, pictures = self.runtime.current, kwargs.get("past_key_values"), self._pictures
+        if state is None or not state.is_prefill or pictures is None or args or not _shareable(kwargs, cache):
             return original(*args, **kwargs)
+        if any(picture.offset is not None for picture in pictures):
+            return original(**kwargs)
         input_ids = state.input_ids[0].cpu()
-        self.num_read, self.shared, self.newest = len(input_ids), (0, 0), kwargs
-        if not self.shares or self.pictures is None or args or not _shareable(kwargs, cache):
-            return original(*args, **kwargs)
-        spans = state.layout.spans_of(0)
-        images = [(picture.digest, span.start, len(span)) for picture, span in zip(self.pictures, spans, strict=True)]
+        images = self._placed(pictures, state)
         before, shared = self._common(input_ids, images)
         if before is not None:
             visual = int(state.layout.visual[0, :shared].sum())
@@ -157,19 +243,22 @@ class ReadOnce:
         if shared:
             # Whoever called looks for the last positions of a prompt that is as long as it was.
             output.last_hidden_state = torch.nn.functional.pad(output.last_hidden_state, (0, 0, shared, 0))
-        if all(picture.offset is None for picture in self.pictures):
-            # No copies: a cache that grows puts new tensors in the place of these.
-            layers = [(layer.keys, layer.values) for layer in cache.layers]
-            shown = [digest for digest, *_ in images]
-            others = [read for read in self._prompts if [digest for digest, *_ in read.images] != shown]
-            self._prompts = [*others, _Read(input_ids, images, layers)][-NUM_KEPT:]
+        # No copies: a cache that grows puts new tensors in the place of these.
+        layers = [(layer.keys, layer.values) for layer in cache.layers]
+        shown = [digest for digest, *_ in images]
+        others = [read for read in self._prompts if [digest for digest, *_ in read.images] != shown]
+        self._prompts = [*others, _Read(input_ids, images, layers)][-NUM_KEPT:]
         return output
+
+    def _placed(self, pictures: Sequence[Picture], state: PromptState) -> list[tuple[bytes, int, int]]:
+        """What stands for images in a prompt, and where."""
+        beside = b"" if self._separable(len(pictures)) else b" beside others"
+        spans = state.layout.spans_of(0)
+        return [(p.digest + beside, span.start, len(span)) for p, span in zip(pictures, spans, strict=True)]
 
     def _common(self, input_ids: Tensor, images: Sequence[tuple[bytes, int, int]]) -> tuple[_Read | None, int]:
         """The earlier prompt that begins most like this one, and how many positions they share."""
         best, most = None, 0
-        if any(picture.offset is not None for picture in self.pictures or ()):
-            return best, most
         for read in self._prompts:
             # The last position is read in any case: its state is what the head wants.
             limit = min(len(input_ids), len(read.input_ids)) - 1
@@ -188,14 +277,12 @@ class ReadOnce:
 def _shareable(kwargs: dict[str, Any], cache: Any) -> bool:
     """Whether a forward reads one row without padding into an empty cache that keeps everything."""
     embeds, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
-    plain = mask is None or (isinstance(mask, Tensor) and mask.dim() == 2 and bool(mask.all()))
-    return embeds is not None and len(embeds) == 1 and plain and isinstance(cache, Cache) and can_share(cache)
-
-
-def _shifted(entries: Sequence[Entry], offset: Tensor) -> list[Entry]:
-    """Features of one image, entry after entry, with an offset on what the decoder takes as embeddings."""
-    parts = offset.split([len(entry[0]) for entry in entries])
-    return [(entry[0] + part.to(entry[0]), *entry[1:]) for entry, part in zip(entries, parts, strict=True)]
+    if embeds is None or len(embeds) != 1 or not isinstance(cache, Cache) or not can_share(cache):
+        return False
+    if any(isinstance(value, Tensor) and value.dim() for name, value in kwargs.items() if name not in _CUT):
+        # Something per position that is not known here.
+        return False
+    return mask is None or (isinstance(mask, Tensor) and mask.dim() == 2 and bool(mask.all()))
 
 
 def _from(first: int, kwargs: dict[str, Any], visual: Tensor) -> dict[str, Any]:

@@ -65,6 +65,10 @@ class Runtime:
         """Attention read for its own sake, beside what methods need."""
         self.encoder_hook: Callable[[str, Callable[..., Any], dict[str, Any]], Any] | None = None
         """Runs the encoder instead of a plain call: decoding branches encode several variants of an image at once."""
+        self.prompt_hook: Callable[[PromptState, dict[str, Any]], dict[str, Any]] | None = None
+        """Changes what the decoder is given to read a prompt, before any method acts on it."""
+        self.aside = False
+        """Whether a forward is under way that only branches of a decoding method take part in."""
         self.answering: AnswerEngine | None = None
         """Answers prompts in the place of a plain ``generate``: a method that asks several times."""
         self.hears_first_scores: Callable[[Tensor], None] | None = None
@@ -291,10 +295,10 @@ class Runtime:
             self.current.companion = None
         self.current = None
 
-    def _enter_text(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _enter_text(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         state = self.current
         if state is None or not state.is_prefill:
-            return
+            return None
         state.vision.extend(self.encoded)
         self.encoded.clear()
         if not state.vision and self._holds_images(state.input_ids):
@@ -309,6 +313,7 @@ class Runtime:
             layout = build_layout(state.input_ids, mask, self.family, state.vision)
         state.read(layout, mask)
         state.next_position = _next_position(kwargs.get("position_ids"), layout)
+        return None if self.prompt_hook is None else (args, self.prompt_hook(state, kwargs))
 
     def _leave_text(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         state = self.current

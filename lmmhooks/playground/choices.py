@@ -174,8 +174,8 @@ def _dials_of(place: int, each: Method, family: Family) -> list[Dial]:
     found = []
     for name in sorted(settings, key=lambda name: (name != "keep", _depth(type(each), name))):
         about = settings[name]
-        value = getattr(each, name)
-        value = published.get(name) if value is None else value
+        given = getattr(each, name)
+        value: Any = published.get(name) if given is None else given
         span = _span(each, name, value, about.default, family)
         if span is not None:
             low, high, step = span

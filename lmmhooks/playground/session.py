@@ -185,8 +185,11 @@ def _follow(stream: _Stream, events: Queue[Comparison | BaseException | None]) -
             continue
         if isinstance(result, BaseException):
             raise result
-        texts = stream.texts if result is None else tuple(run.text for run in result.runs)
-        yield Progress(*texts, comparison=result, stopped=result is None)
+        if result is None:
+            yield Progress(*stream.texts, stopped=True)
+        else:
+            baseline, patched = result.runs
+            yield Progress(baseline.text, patched.text, result)
         return
 
 

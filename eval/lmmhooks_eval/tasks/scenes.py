@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmmhooks_eval.errors import TaskError
-from lmmhooks_eval.task import Doc, Source
+from lmmhooks_eval.task import Doc, Region, Source
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["LICENCE", "calibration", "image_cluster", "images", "read", "source", "vocabulary"]
+__all__ = ["LICENCE", "calibration", "image_cluster", "images", "read", "region", "source", "target", "vocabulary"]
 
 LICENCE = "Apache-2.0 (generated scenes)"
 
@@ -72,3 +72,32 @@ def images(doc: Doc) -> Sequence[Image]:
 def image_cluster(doc: Doc) -> str:
     """Documents of one image are dependent: it is their cluster."""
     return str(doc["image"])
+
+
+@cache
+def _objects() -> Mapping[str, Sequence[Mapping[str, Any]]]:
+    """Objects of every benchmark scene by the name of its image."""
+    return {scene["image"]: scene["objects"] for scene in read("scenes.jsonl")}
+
+
+def region(doc: Doc) -> Region:
+    """
+    Box of the first object of a document's ``category``, or of another where there is none.
+
+    Raises
+    ------
+    TaskError
+        The scene is none of the benchmark's.
+    """
+    if doc["image"] not in _objects():
+        raise TaskError(f"where the objects of {doc['image']} are is not stored; ask about scenes of the benchmark")
+    objects = _objects()[doc["image"]]
+    chosen = next((item for item in objects if item["category"] == doc["category"]), objects[0])
+    left, top, right, bottom = chosen["box"]
+    return left, top, right, bottom
+
+
+def target(doc: Doc) -> Region | None:
+    """Box of the only object of a document's ``category``; None if there is none, or several."""
+    found = [item for item in _objects().get(doc["image"], ()) if item["category"] == doc["category"]]
+    return region(doc) if len(found) == 1 else None

@@ -36,4 +36,6 @@ TASK = Task(
     cluster=scenes.image_cluster,
     stratum=lambda doc: f"{doc['split']}/{doc['label']}",
     answer_words=yesno.WORDS,
+    region=scenes.region,
+    target=scenes.target,
 )

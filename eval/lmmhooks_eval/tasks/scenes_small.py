@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache, partial
 from typing import TYPE_CHECKING
 
-from lmmhooks_eval.task import Doc, Source, Task
+from lmmhooks_eval.task import Doc, Region, Source, Task
 from lmmhooks_eval.tasks import scenes, short_answer
 
 if TYPE_CHECKING:
@@ -54,6 +54,11 @@ def _source() -> Source:
     return Source("bundled", _FILE, hashlib.sha256(both.encode()).hexdigest()[:16])
 
 
+def _region(doc: Doc) -> Region:
+    left, top, right, bottom = doc["region"]
+    return left, top, right, bottom
+
+
 TASK = Task(
     name="scenes-small",
     title="Short-answer questions on small objects in large scenes (existence, attribute, colour, count)",
@@ -70,5 +75,8 @@ TASK = Task(
     item_score="correct",
     generation={"max_new_tokens": 6, "do_sample": False},
     cluster=scenes.image_cluster,
-    stratum=lambda doc: f"{doc['type']}/{doc['size']}",
+    # Not by size as well: nearly every scene would be a mix of its own, and a small sample could keep none.
+    stratum=lambda doc: str(doc["type"]),
+    region=_region,
+    target=lambda doc: _region(doc) if doc["target"] else None,
 )

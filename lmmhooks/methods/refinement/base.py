@@ -9,7 +9,7 @@ with what a `Look` offers. The engine runs the passes, reads attention and gradi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -163,6 +163,7 @@ class Look(Ask, Protocol):
         *,
         offset: Tensor | None = None,
         turns: Sequence[tuple[str, str]] = (),
+        images_kwargs: Mapping[str, Any] | None = None,
         **generate_kwargs: Any,
     ) -> Reply:
         """
@@ -178,6 +179,8 @@ class Look(Ask, Protocol):
             ``[n, D]`` added to the embeddings of the visual tokens of the first image.
         turns
             What was said before: questions without image, and their replies.
+        images_kwargs
+            Settings of the image processor in the place of its own, such as ``size``.
         **generate_kwargs
             Passed to ``model.generate``.
         """

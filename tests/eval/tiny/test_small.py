@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lmmhooks_eval.plan import select
 from lmmhooks_eval.tasks import get_task
 from lmmhooks_eval.tasks.scenes_small import SIZES as TASK_SIZES
 from lmmhooks_eval.tiny import data_dir
@@ -111,6 +112,18 @@ def test_answers_and_regions_follow_from_the_objects(scenes: dict[str, SmallScen
     assert kinds["existence", "Yes"] == kinds["existence", "No"]
     assert abs(kinds["attribute", "Yes"] - kinds["attribute", "No"]) < 20
     assert min(Counter(doc["size"] for doc in lines("scenes_small.jsonl")).values()) > 200
+
+
+@pytest.mark.parametrize("limit", [60, 400])
+def test_a_limited_sample_keeps_types_and_sizes(limit: int) -> None:
+    task = get_task("scenes-small")
+    docs = select(task, task.load(), limit, 0)
+    # Whole scenes of up to eight documents are taken.
+    assert abs(len(docs) - limit) <= 8
+    for field, number in (("type", 4), ("size", 4)):
+        shares = Counter(doc[field] for doc in docs)
+        assert len(shares) == number
+        assert min(shares.values()) > len(docs) / number / 2
 
 
 def test_documents_for_calibration_are_about_other_scenes() -> None:
