@@ -5,8 +5,8 @@ PYTEST_FLAGS ?=
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help env demo test lint types wheel-test support bench bench-attention bench-reduction bench-reduction-long results sweep \
-  docs clean
+.PHONY: help env demo test lint types wheel-test support bench bench-attention bench-reduction bench-reduction-long bench-refinement results sweep \
+  refinement-results localisation docs clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -91,6 +91,17 @@ bench-reduction: env ## measure the tables of reducers at 576 tokens (half an ho
 	$(REDUCE) --layers 2 --vision-layers 24 --config llava-1.5-7b-shape $(REDUCTION_TOWER) --method "tome(r=8)" \
 	  --method "tome(r=16)" --out $(RESULTS)/reduction-tower-llava-1.5-7b.json
 
+# Whole answers of 8 tokens; the layers that are read are a fifth of a few, as they are of 32.
+LOOKING_LAYERS ?= 5
+LOOKING_METHODS ?= --method same-image-twice --method "carve(read_layers=(3,), max_new_tokens=8)" \
+  --method "vicrop-rel(layer=2)" --method "vicrop-grad(layer=2)" --method "api(layer=3, max_new_tokens=8)" \
+  --method "attwarp(layer=3, max_new_tokens=8)"
+
+bench-refinement: env ## measure the table of methods that look before they answer (best on an idle machine), then run `make docs`
+	$(BIN)/lmmhooks bench --config llava-1.5-7b-shape --layers $(LOOKING_LAYERS) --vision-layers 4 --repeat $(ROUNDS) \
+	  --dtype $(DTYPE) --decode-tokens 8 --text-tokens 32 --no-disabled $(LOOKING_METHODS) \
+	  --out $(RESULTS)/refinement-llava-1.5-7b.json
+
 bench-reduction-long: env ## the same at 2,880, 1,296 and 8,192 tokens (hours), then run `make docs`
 	$(REDUCE_ALL) --config llava-next-7b-shape --vision-layers 4 --out $(RESULTS)/reduction-llava-next-7b.json
 	for tokens in 1296 8192; do \
@@ -108,6 +119,17 @@ sweep: env ## run every reducer at equal budgets on the bundled models (about an
 	$(BIN)/python scripts/store_results.py runs/reduction-llava --out docs/results/reduction-tiny-llava.json
 	$(BIN)/lmmhooks run reduction-sweep-qwen --out runs/reduction-qwen --resume
 	$(BIN)/python scripts/store_results.py runs/reduction-qwen --out docs/results/reduction-tiny-qwen.json
+
+refinement-results: env ## run all methods that look again on the bundled models (an hour on two cores), then run `make docs`
+	for name in llava qwen; do \
+	  case $$name in llava) suffix= ;; *) suffix=-$$name ;; esac; \
+	  $(BIN)/lmmhooks run refinement$$suffix --out runs/refinement-$$name --resume && \
+	  $(BIN)/python scripts/store_results.py --refinement runs/refinement-$$name \
+	  --out docs/results/refinement-tiny-$$name.json || exit 1; done
+
+localisation: env ## measure where maps look on the bundled models (an hour on two cores), then run `make docs`
+	$(BIN)/python scripts/measure_maps.py --recipe refinement --out docs/results/localisation-tiny-llava.json
+	$(BIN)/python scripts/measure_maps.py --recipe refinement-qwen --out docs/results/localisation-tiny-qwen.json
 
 docs: env ## regenerate the tables of README.md and docs/ from their result files
 	$(BIN)/python docs/build.py

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lmmhooks_eval.errors import RecipeError
 from lmmhooks_eval.report.markdown import condensed
+from lmmhooks_eval.report.refinement import refinement_record
 from lmmhooks_eval.report.sweep import sweep_record
 from lmmhooks_eval.report.sweep_plot import sweep_plot
 from lmmhooks_eval.score import score_run
@@ -23,10 +24,16 @@ def main() -> None:
     parser.add_argument(
         "--times", action="store_true", help="plot measured time instead of FLOPs (only for runs on an idle machine)"
     )
+    parser.add_argument("--refinement", action="store_true", help="a run of methods that look again and their controls")
     given = parser.parse_args()
     environment = json.loads((given.run_dir / ENVIRONMENT).read_text(encoding="utf-8"))
     given.out.parent.mkdir(parents=True, exist_ok=True)
-    if read_config(given.run_dir).get("sweep"):
+    if given.refinement:
+        try:
+            record = refinement_record(given.run_dir, environment)
+        except RecipeError as error:
+            sys.exit(str(error))
+    elif read_config(given.run_dir).get("sweep"):
         try:
             record = sweep_record(given.run_dir, environment)
         except RecipeError as error:
