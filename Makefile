@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .PHONY: help env demo test lint types wheel-test support bench bench-attention bench-reduction bench-reduction-long \
-  bench-decoding results sweep sweep-times decoding-results docs clean
+  bench-decoding bench-refinement results sweep sweep-times decoding-results refinement-results localisation docs clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -124,6 +124,17 @@ bench-decoding: env ## measure the tables of decoding methods (ten minutes on tw
 	$(DECODE) --decode-tokens 16 --beams 5 --method opera --out $(RESULTS)/decoding-beams-llava-1.5-7b.json
 	$(BIN)/python scripts/measure_branches.py --out $(RESULTS)/decoding-lazy-tiny.json
 
+# Whole answers of 8 tokens; the layers that are read are a fifth of a few, as they are of 32.
+LOOKING_LAYERS ?= 5
+LOOKING_METHODS ?= --method same-image-twice --method "carve(read_layers=(3,), max_new_tokens=8)" \
+  --method "vicrop-rel(layer=2)" --method "vicrop-grad(layer=2)" --method "api(layer=3, max_new_tokens=8)" \
+  --method "attwarp(layer=3, max_new_tokens=8)"
+
+bench-refinement: env ## measure the table of methods that look before they answer (best on an idle machine), then run `make docs`
+	$(BIN)/lmmhooks bench --config llava-1.5-7b-shape --layers $(LOOKING_LAYERS) --vision-layers 4 --repeat $(ROUNDS) \
+	  --dtype $(DTYPE) --decode-tokens 8 --text-tokens 32 --no-disabled $(LOOKING_METHODS) \
+	  --out $(RESULTS)/refinement-llava-1.5-7b.json
+
 results: env ## run all attention methods on the bundled models again (about half an hour on two cores), then run `make docs`
 	for name in llava qwen; do \
 	  $(BIN)/lmmhooks run attention-scenes-$$name --out runs/attention-$$name --resume && \
@@ -159,6 +170,17 @@ decoding-results: env ## run all decoding methods and controls on the bundled mo
 	  --out docs/results/decoding-tiny-$$name-sampling.json || exit 1; done
 	$(BIN)/lmmhooks run decoding-controls-beams --out runs/decoding-beams --resume
 	$(KEEP) runs/decoding-beams --out docs/results/decoding-tiny-llava-beams.json
+
+refinement-results: env ## run all methods that look again on the bundled models (an hour on two cores), then run `make docs`
+	for name in llava qwen; do \
+	  case $$name in llava) suffix= ;; *) suffix=-$$name ;; esac; \
+	  $(BIN)/lmmhooks run refinement$$suffix --out runs/refinement-$$name --resume && \
+	  $(BIN)/python scripts/store_results.py --refinement runs/refinement-$$name \
+	  --out docs/results/refinement-tiny-$$name.json || exit 1; done
+
+localisation: env ## measure where maps look on the bundled models (an hour on two cores), then run `make docs`
+	$(BIN)/python scripts/measure_maps.py --recipe refinement --out docs/results/localisation-tiny-llava.json
+	$(BIN)/python scripts/measure_maps.py --recipe refinement-qwen --out docs/results/localisation-tiny-qwen.json
 
 docs: env ## regenerate the tables of README.md and docs/ from their result files
 	$(BIN)/python docs/build.py

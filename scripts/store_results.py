@@ -15,6 +15,7 @@ from typing import Any
 from lmmhooks_eval.errors import RecipeError
 from lmmhooks_eval.report.decoding import decoding_record
 from lmmhooks_eval.report.markdown import condensed
+from lmmhooks_eval.report.refinement import refinement_record
 from lmmhooks_eval.report.sweep import sweep_record
 from lmmhooks_eval.report.sweep_plot import sweep_plot
 from lmmhooks_eval.score import score_run
@@ -45,13 +46,19 @@ def main() -> None:
         "short one on an idle machine",
     )
     parser.add_argument("--decoding", action="store_true", help="runs of decoding methods and their controls")
+    parser.add_argument("--refinement", action="store_true", help="a run of methods that look again and their controls")
     given = parser.parse_args()
     first = given.run_dir[0]
     if len(given.run_dir) > 1 and not given.decoding:
         parser.error("several folders are read together with --decoding alone")
     environment = json.loads((first / ENVIRONMENT).read_text(encoding="utf-8"))
     given.out.parent.mkdir(parents=True, exist_ok=True)
-    if given.decoding:
+    if given.refinement:
+        try:
+            record = refinement_record(first, environment)
+        except RecipeError as error:
+            sys.exit(str(error))
+    elif given.decoding:
         try:
             record = decoding_record(given.run_dir, environment)
         except RecipeError as error:
