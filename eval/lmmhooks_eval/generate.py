@@ -201,6 +201,7 @@ class Generator:
         images: Sequence[Sequence[Any]],
         generation: Mapping[str, Any],
         seeds: Sequence[int],
+        regions: Sequence[tuple[float, float, float, float]] | None = None,
     ) -> tuple[list[Answer], BatchCost]:
         """
         Answer a batch, one document after the other, by a patch that makes one answer of several generations.
@@ -216,14 +217,17 @@ class Generator:
             As in `ask`.
         seeds
             One per document.
+        regions
+            Where to look in each image, for a method that has to be told; None for the others.
         """
         device, answers = self.model.device, []
         memory = MemoryMeter(device)
-        for question, shown, seed in zip(questions, images, seeds, strict=True):
+        told = [{}] * len(questions) if regions is None else [{"region": region} for region in regions]
+        for question, shown, seed, where in zip(questions, images, seeds, told, strict=True):
             with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
                 torch.manual_seed(seed)
                 text = patch.answer(
-                    list(shown) or None, question, prompter=self.prompter, **self._arguments(generation)
+                    list(shown) or None, question, prompter=self.prompter, **where, **self._arguments(generation)
                 )
             cost = patch.answer_cost
             counted = (cost.new_tokens, "assembled", cost.prompt_tokens, cost.visual_tokens)

@@ -258,7 +258,10 @@ class Runner:
         seeds = [item_seed(self.recipe.seed, item.doc_id) for item in items]
         if patch is not None and patch.puts_answers_together:
             questions = [item.question for item in items]
-            return self.generator.put_together(patch, questions, images, generation, seeds)
+            # A method that looks for itself is not told where to look: what it finds is what is judged.
+            told = task.region if any(getattr(method, "needs_region", False) for method in patch.methods) else None
+            regions = None if told is None else [told(item.doc) for item in items]
+            return self.generator.put_together(patch, questions, images, generation, seeds, regions)
         prompts = [item.prompt for item in items]
         return self.generator.ask(prompts, images, generation, seeds[0], task.answer_words)
 

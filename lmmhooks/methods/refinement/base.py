@@ -193,6 +193,11 @@ class RefinementMethod(AnswerMethod):
 
     kind: ClassVar[str] = "refinement"
 
+    @property
+    def needs_region(self) -> bool:
+        """Whether it answers only where the caller says where to look; others look for themselves."""
+        return False
+
     def layers(self, family: Any) -> tuple[int, ...]:
         """Decoder layers whose attention `Look.watch` reads, 0-based, ascending."""
         return ()

@@ -137,6 +137,10 @@ class ControlMLLM(RefinementMethod):
         map = None if self.map is None else bound(self.source, family).spec()
         return replace(self, read_layers=layers, map=map)
 
+    @property
+    def needs_region(self) -> bool:
+        return self.map is None
+
     def check(self, family: Any) -> None:
         if isinstance(self.read_layers, tuple) and max(self.read_layers) >= family.num_layers:
             raise MethodError(
