@@ -150,7 +150,7 @@ class Patch:
         prompter = Prompter(self.processor) if prompter is None else prompter
         if (engine := self._runtime.answering) is not None:
             return engine.answer(prompter, image, prompt, **generate_kwargs)
-        return answer(self.model, prompter, image, prompt, **generate_kwargs)
+        return answer(self.model, self.processor, image, prompt, prompter=prompter, **generate_kwargs)
 
     def __enter__(self) -> Self:
         return self

@@ -265,8 +265,17 @@ def decode_new(processor: Any, sequences: torch.Tensor, prompt_length: int) -> l
     return [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
 
 
-def answer(model: nn.Module, prompter: Prompter, image: Any, prompt: str, **generate_kwargs: Any) -> str:
+def answer(
+    model: nn.Module,
+    processor: Any,
+    image: Any,
+    prompt: str,
+    *,
+    prompter: Prompter | None = None,
+    **generate_kwargs: Any,
+) -> str:
     """Answer a question about an image (or several, or none); see `lmmhooks.patch.Patch.answer`."""
+    prompter = Prompter(processor) if prompter is None else prompter
     weight = next(model.parameters())
     inputs = prompter.inputs([as_images(image)], [prompt], weight.device, weight.dtype)
     with torch.inference_mode():

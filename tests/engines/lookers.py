@@ -17,6 +17,7 @@ import lmmhooks
 from lmmhooks.engines.looking import Looker, LookingEngine
 from lmmhooks.methods.base import setting
 from lmmhooks.methods.refinement.base import RefinementMethod
+from lmmhooks.prompting import Prompter
 from tests.processing import processor_of
 from tests.zoo import FAMILIES, build
 
@@ -66,7 +67,7 @@ def looking(
         engine = patch._runtime.answering
         assert isinstance(engine, LookingEngine)
         engine._asking = True
-        yield engine.asker(processor, image, prompt, {}), engine
+        yield engine.asker(Prompter(processor), image, prompt, {}), engine
 
 
 def without_sharing(monkeypatch: pytest.MonkeyPatch) -> None:

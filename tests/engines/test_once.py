@@ -7,7 +7,7 @@ import torch
 
 import lmmhooks
 from lmmhooks.engines import once
-from lmmhooks.prompting import answer, build_inputs
+from lmmhooks.prompting import Prompter, answer, build_inputs
 from tests.engines.lookers import BUNDLED, MODELS, PROMPT, Looks, loaded, looking, noise
 from tests.zoo import FAMILIES
 
@@ -122,7 +122,7 @@ def test_weights_that_change_are_read_anew():
         with torch.no_grad():
             model.lm_head.weight.add_(0.0)
             model.model.multi_modal_projector.linear_1.weight.mul_(0.5)
-        again = engine.asker(processor, IMAGE, PROMPT, {})
+        again = engine.asker(Prompter(processor), IMAGE, PROMPT, {})
         found = again.score(PROMPT)
         assert engine.once.num_encoded == 2
     torch.testing.assert_close(found, logits(model, processor, [IMAGE], PROMPT, 1)[0], atol=1e-5, rtol=1e-5)

@@ -14,7 +14,7 @@ import lmmhooks
 from lmmhooks.errors import MethodError, PromptError
 from lmmhooks.methods.refinement.controlmllm import ControlMLLM
 from lmmhooks.methods.refinement.pointing import closeness, distances, region_loss, sampled, steered
-from lmmhooks.prompting import answer
+from lmmhooks.prompting import Prompter, answer
 from tests.methods.looked import PROMPT, models, picture  # noqa: F401 # fixtures
 from tests.reference import controlmllm as naive
 
@@ -42,7 +42,7 @@ def looking(patch, processor, image, **kwargs):
     engine = patch._runtime.answering
     engine._asking = True
     try:
-        yield engine.asker(processor, image, PROMPT, kwargs)
+        yield engine.asker(Prompter(processor), image, PROMPT, kwargs)
     finally:
         engine._asking = False
 

@@ -26,7 +26,7 @@ from lmmhooks.methods.refinement.vl_sam import (
     point_pair,
     positive_region,
 )
-from lmmhooks.prompting import answer
+from lmmhooks.prompting import Prompter, answer
 from tests.methods.looked import looked, models, picture  # noqa: F401 # fixtures
 from tests.reference import vl_sam as naive
 
@@ -161,7 +161,7 @@ def test_an_answer_without_words_is_no_map(models, picture, monkeypatch):  # noq
     )
     with lmmhooks.wrap(model, "vl-sam", processor=processor) as patch:
         engine = patch._runtime.answering
-        look = engine.asker(processor, picture, ASK, {})
+        look = engine.asker(Prompter(processor), picture, ASK, {})
         look._geometry = found.geometry
         assert float(patch.methods[0].saliency(look).values.abs().sum()) == 0
 

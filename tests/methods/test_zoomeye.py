@@ -19,7 +19,7 @@ from lmmhooks.methods.refinement.zoom_prompts import EXAMPLES, NAMED, NAMING, cu
 from lmmhooks.methods.refinement.zoomeye import ZoomEye, confidence
 from lmmhooks.methods.refinement.zooming import far_apart, local_view, merged, padded, patch_box, tree, union
 from lmmhooks.methods.words import has_pronoun, question_phrases
-from lmmhooks.prompting import answer
+from lmmhooks.prompting import Prompter, answer
 from tests.methods.looked import models, picture  # noqa: F401 # fixtures
 from tests.reference import zoomeye as naive
 
@@ -306,7 +306,7 @@ def test_things_are_asked_for_with_examples_and_without_the_image(models, pictur
     turns = [part for question, reply in EXAMPLES for part in (NAMING.format(question), reply)]
     told = []
     with lmmhooks.wrap(model, "zoomeye", processor=processor) as patch:
-        looker = type(patch._runtime.answering.asker(processor, picture, QUESTION, {}))
+        looker = type(patch._runtime.answering.asker(Prompter(processor), picture, QUESTION, {}))
         original = looker._inputs
 
         def inputs(self, images, prompt, turns=()):
