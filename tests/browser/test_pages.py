@@ -8,7 +8,10 @@ import pytest
 
 import lmmhooks
 from lmmhooks.prompting import build_inputs
+from lmmhooks_eval.report import load_view, write_html
+from lmmhooks_eval.score import score_run
 from tests.browser.conftest import WIDTHS
+from tests.eval.runs import answer, documents, opposite, perfect, write_run
 
 LEAST_CONTRAST = 4.5
 """Of WCAG 2 (AA) for text of ordinary size."""
@@ -53,12 +56,12 @@ def sinks_page(model, scene, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def run_page(tmp_path_factory) -> Path:
-    from tests.cli.invoke import invoke
-
-    folder = tmp_path_factory.mktemp("run") / "run"
-    done = invoke("run", "quickstart", "--limit", "4", "--out", str(folder))
-    assert done.status == 0, done.err
-    return folder / "report.html"
+    docs = documents()
+    records = [answer(doc, "baseline", opposite(doc) if i < 18 else perfect(doc)) for i, doc in enumerate(docs)]
+    records += [answer(doc, "v", perfect(doc)) for doc in docs]
+    run = write_run(tmp_path_factory.mktemp("run") / "run", records)
+    score_run(run)
+    return write_html([load_view(run)], run / "report.html")
 
 
 PAGES = ("comparison_page", "sinks_page", "run_page")
