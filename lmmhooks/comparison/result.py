@@ -93,7 +93,7 @@ class Run:
     total_ms
         Time of the whole call; nothing was read meanwhile.
     stats
-        Of the (newest) prompt; see `lmmhooks.stats.Stats`.
+        Of the (newest) prompt; see `lmmhooks.stats.Stats`. Of an answer in several generations with the FLOPs of all.
     num_tokens
         Tokens generated, the end token included; None where a method generates several times.
     passes

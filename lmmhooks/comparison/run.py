@@ -162,7 +162,8 @@ def _asked(runtime: Runtime, patch: Patch, question: _Question, name: str) -> Ru
     """A variant that answers by itself, in several generations."""
     with _meter(runtime) as meter:
         text = patch.answer(question.images, question.prompt, **question.settings)
-    engine = runtime.answering
+    engine, stats = runtime.answering, Stats.of(runtime.family, runtime.last_state)
+    stats = replace(stats, prefill_flops=patch.answer_cost.prefill_flops or stats.prefill_flops)
     return Run(
         name=name,
         text=text,
@@ -172,7 +173,7 @@ def _asked(runtime: Runtime, patch: Patch, question: _Question, name: str) -> Ru
         kept=None,
         first_token_ms=meter.first_ms,
         total_ms=meter.total_ms,
-        stats=Stats.of(runtime.family, runtime.last_state),
+        stats=stats,
         passes=meter.passes,
         peak_bytes=meter.peak_bytes,
         looked_at=tuple(getattr(engine, "looked_at", ())),

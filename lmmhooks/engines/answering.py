@@ -16,7 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+    SuppressTokensLogitsProcessor,
+)
 
 from lmmhooks.engines.attach import Attachments
 from lmmhooks.errors import PromptError
@@ -196,6 +201,7 @@ class Asker:
         self.prompter = prompter
         self.processor = prompter.processor
         self.memory = engine.memory
+        self.unspeakable = engine.runtime.family.visual_ids
 
     def __call__(
         self,
@@ -211,6 +217,9 @@ class Asker:
         if starts is not None:
             inputs = started(inputs, starts)
         processors = LogitsProcessorList(generate_kwargs.pop("logits_processor", None) or [])
+        # What is said may stand in a prompt again, in which these would stand for images.
+        device = inputs["input_ids"].device
+        processors.append(SuppressTokensLogitsProcessor(list(self.unspeakable), device=str(device)))
         if draw is not None and draw.temperature:
             seeds = self._seeds(image, prompts, starts, draw.seed)
             length = int(inputs["input_ids"].shape[1])

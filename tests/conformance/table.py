@@ -7,7 +7,7 @@ A new method adds its row here and inherits every test of this folder on every f
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,8 @@ class Row:
     answer
         For methods that answer through `Patch.answer`: what that call is given beside image and question; None for the
         others.
+    unanswered
+        Family to a part of the reason for which that call refuses an image.
     files
         Writes what the method reads into a folder, and returns the settings that name it.
     """
@@ -60,6 +62,7 @@ class Row:
     measured: Callable[[Any], dict[str, Any]] | None = None
     modes: dict[str, str] = field(default_factory=dict)
     answer: dict[str, Any] | None = None
+    unanswered: dict[str, str] = field(default_factory=dict)
     files: Callable[[Path], dict[str, Any]] | None = None
 
 
@@ -75,6 +78,9 @@ WHOLE_TOWERS = {
 ONE_RESOLUTION = dict.fromkeys(
     ("llava", "llava_next", "llava_onevision", "internvl"), "does not follow the size of the image"
 )
+
+#: Models that see an image as several crops.
+SEVERAL_CROPS = dict.fromkeys(("llava_next", "llava_onevision", "internvl"), "as several crops")
 
 #: Ways that are no beam search, and what a beam search says of them.
 NOT_BEAMS = {
@@ -187,7 +193,7 @@ ROWS: dict[str, Row] = {
     "carve": answering("carve(read_layers=(1, 2), max_new_tokens=3)"),
     "vicrop-rel": answering("vicrop-rel(layer=1, base_size=20)"),
     "vicrop-grad": answering("vicrop-grad(layer=1, base_size=20)"),
-    "vicrop-pure-grad": answering("vicrop-pure-grad(base_size=20)"),
+    "vicrop-pure-grad": replace(answering("vicrop-pure-grad(base_size=20)"), unanswered=SEVERAL_CROPS),
     "api": answering("api(layer=1, max_new_tokens=3)"),
     "api-clip": answering("api-clip", files=tiny_clip),
     "attwarp": answering("attwarp(layer=1, max_new_tokens=3, chain=2)"),

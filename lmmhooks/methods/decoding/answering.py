@@ -69,6 +69,8 @@ class Ask(Protocol):
 
     memory: dict[Any, Any]
     """Private to the method; lasts as long as the patch."""
+    unspeakable: tuple[int, ...]
+    """Ids that stand for images and never for text: no reply holds them, and none may be made to start with one."""
 
     def __call__(
         self,

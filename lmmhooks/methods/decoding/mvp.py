@@ -149,7 +149,10 @@ class Mvp(AnswerMethod):
         totals: dict[str, float] = dict.fromkeys(self.answers or (), 0.0)
         paths: list[tuple[int, int, float]] = []
         for view, reply in zip(prompts, first, strict=True):
-            top = reply.logits[0].softmax(dim=-1).topk(min(self.topk, reply.logits.shape[-1]))
+            chances = reply.logits[0].softmax(dim=-1)
+            # No path begins with a placeholder of an image.
+            chances[list(ask.unspeakable)] = 0.0
+            top = chances.topk(min(self.topk, len(chances)))
             for token, probability in zip(top.indices.tolist(), top.values.tolist(), strict=True):
                 if (word := ask.decode(token)) in (self.answers or ()):
                     totals[word] += self.weights[view] * probability
