@@ -75,7 +75,7 @@ class Companion:
             gain = decide(take_rows(output.transpose(1, 2), last.to(output.device))[:, :, 0])
             return output * gain[:, None, :, None].to(output.device, output.dtype), weights
 
-        with self.passes.silent({layer: compare}), torch.no_grad():
+        with self.runtime.silent({layer: compare}), torch.no_grad():
             # In a context of its own: transformers collects attention weights for the caller in a context variable.
             Context().run(self._run_layers, range(self.next, layer + 1))
         self.next = layer + 1

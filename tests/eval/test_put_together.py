@@ -194,4 +194,4 @@ def test_compare_shows_it_beside_methods_that_generate(loaded: tuple[Any, Any], 
     assert mvp.stats.prefill_flops > 6 * base.stats.prefill_flops
     assert mvp.total_ms > 0
     page = comparison.to_html(tmp_path / "page.html").read_text(encoding="utf-8")
-    assert "<td>generations</td><td>3</td>" in page
+    assert "several generations" in page

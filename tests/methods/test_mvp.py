@@ -24,6 +24,7 @@ class Script:
     def __init__(self, first, paths):
         self.first, self.paths = first, paths
         self.memory = {}
+        self.unspeakable = ()
         self.calls = []
 
     def __call__(self, image, prompts, *, max_new_tokens, starts=None, draw=None, **kwargs):
