@@ -15,7 +15,8 @@ import numpy as np
 
 from lmmhooks.inspect import attention_map
 from lmmhooks.inspect.localisation import localise
-from lmmhooks.inspect.maps.relative import NEUTRAL, relative
+from lmmhooks.inspect.maps.relative import relative
+from lmmhooks.methods.refinement.base import NEUTRAL
 from lmmhooks.methods.refinement.nested import MapOfAnother
 from lmmhooks.patch import wrap
 from lmmhooks_eval import stats
@@ -301,6 +302,6 @@ def question_of(task: Task, doc: Doc) -> str:
 def _map_of_method(model: Any, processor: Any, image: Image, question: str, spec: str) -> Saliency:
     with wrap(model, _MapAlone(map=spec), processor=processor) as patch:
         patch.answer(image, question)
-        [method] = patch.methods
+        method: Any = patch.methods[0]
     saliency: Saliency = method.made[-1]
     return saliency

@@ -93,7 +93,7 @@ def measure_answer(
     LmmhooksError
         A method that cannot be used on this model.
     """
-    kwargs = {"max_new_tokens": answer_tokens, "min_new_tokens": answer_tokens, "do_sample": False}
+    kwargs: dict[str, Any] = {"max_new_tokens": answer_tokens, "min_new_tokens": answer_tokens, "do_sample": False}
     rounds = {name: iter(range(10**6)) for name in ("plain", "patched")}
     with wrap(model, *methods, processor=processor) as patch:
 

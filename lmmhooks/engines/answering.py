@@ -83,6 +83,7 @@ class AnswerEngine:
 
     def __init__(self, runtime: Runtime, methods: Sequence[AnswerMethod]) -> None:
         self.runtime = runtime
+        self.method: AnswerMethod
         [self.method] = methods
         self.memory: dict[Any, Any] = {}
         self.cost = AnswerCost()

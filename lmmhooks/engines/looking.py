@@ -51,6 +51,8 @@ TEXT_INPUTS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_i
 class LookingEngine(AnswerEngine):
     """Attaches one method of kind refinement to a model."""
 
+    method: RefinementMethod
+
     def __init__(self, runtime: Runtime, methods: Sequence[RefinementMethod]) -> None:
         super().__init__(runtime, methods)
         # Whoever reads or edits what a forward reads, or makes rows of its own, is to see whole prompts.
@@ -74,7 +76,7 @@ class LookingEngine(AnswerEngine):
     @property
     def listened(self) -> tuple[int, ...]:
         """Layers whose attention is computed anew in passes that no prompt state follows."""
-        return self.method.gradient_layers(self.runtime.family)  # type: ignore[no-any-return]
+        return self.method.gradient_layers(self.runtime.family)
 
     def attach(self, attachments: Attachments) -> None:
         super().attach(attachments)
@@ -166,7 +168,8 @@ class Looker(Asker):
     # -- passes -------------------------------------------------------------------------------------------------------
 
     def watch(self, prompt: str, *, max_new_tokens: int) -> Seen:
-        self.engine.rows = rows = {layer: [] for layer in self.engine.layers}
+        rows: dict[int, list[Tensor]] = {layer: [] for layer in self.engine.layers}
+        self.engine.rows = rows
         try:
             reply = self._generate(prompt, [self.image], {**GREEDY, "max_new_tokens": max_new_tokens})
         finally:

@@ -225,7 +225,8 @@ class ReadOnce:
         return kwargs
 
     def _forward(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        state, cache, pictures = self.runtime.current, kwargs.get("past_key_values"), self._pictures
+        state, pictures = self.runtime.current, self._pictures
+        cache: Any = kwargs.get("past_key_values")
         if state is None or not state.is_prefill or pictures is None or args or not _shareable(kwargs, cache):
             return original(*args, **kwargs)
         if any(picture.offset is not None for picture in pictures):

@@ -38,10 +38,11 @@ def grid_of(size: tuple[int, int], tokens: float) -> tuple[int, int]:
     scale = sqrt(tokens / (width * height))
     sides = [{max(floor(side * scale), 1), ceil(side * scale)} for side in size]
     # Of grids as near, the one whose aspect is nearer.
-    return min(
+    across, down = min(
         product(*(sorted(side) for side in sides)),
         key=lambda grid: (abs(grid[0] * grid[1] - tokens), abs(grid[0] / grid[1] - width / height)),
     )
+    return across, down
 
 
 @dataclass(frozen=True)
