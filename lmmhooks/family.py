@@ -71,6 +71,9 @@ class Family(ModelInputs, LayerParts, LanguageHead, SmallerImages, Placing):
         An image may be seen as several crops (tiles), whose number depends on its size.
     encodes_images_alone
         Features of an image do not depend on how many images the prompt has.
+    pixels_per_token
+        Side in pixels of the square that a visual token stands for, in models that take images of any size; None where
+        images are brought to a size, or tiles of a size, first.
     feature_layer
         0-based vision layer whose output the projector reads; the last one listed where several are concatenated.
     full_attention_vision_layers
@@ -90,6 +93,7 @@ class Family(ModelInputs, LayerParts, LanguageHead, SmallerImages, Placing):
     projects_patches: ClassVar[bool] = False
     has_tiles: ClassVar[bool] = False
     encodes_images_alone: ClassVar[bool] = True
+    pixels_per_token: int | None = None
 
     def __init__(self, model: Any) -> None:
         self.model = model

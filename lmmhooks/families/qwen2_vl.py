@@ -28,6 +28,10 @@ class Qwen2VLFamily(Family):
 
     model_types: ClassVar[tuple[str, ...]] = ("qwen2_vl",)
 
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        self.pixels_per_token = self.vision.spatial_merge_size * self.vision.config.patch_size
+
     def _grids(self, vision: VisionInputs) -> list[tuple[int, int, int]]:
         """``(frames, rows, columns)`` in tokens of every image of a call."""
         merge = self.vision.spatial_merge_size
