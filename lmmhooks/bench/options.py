@@ -51,9 +51,9 @@ def load_target(
     dtype: torch.dtype,
     device: torch.device,
     backend: str | None,
-) -> Any:
+) -> tuple[Any, Any]:
     """
-    Build or load the model to measure.
+    Build or load the model to measure, and its processor; None for a named shape.
 
     Raises
     ------
@@ -61,10 +61,9 @@ def load_target(
         Layer counts for a model with weights; an unknown shape; whatever loading refuses.
     """
     if config is not None:
-        return build_model(config, layers, vision_layers, dtype, device, backend)
+        return build_model(config, layers, vision_layers, dtype, device, backend), None
     if layers is not None or vision_layers is not None:
         raise LmmhooksError("--layers and --vision-layers scale a named shape (--config); a loaded model has its own")
     from lmmhooks.loading import load
 
-    loaded, _ = load(str(model), dtype=dtype, device=str(device), attn_implementation=backend)
-    return loaded
+    return load(str(model), dtype=dtype, device=str(device), attn_implementation=backend)

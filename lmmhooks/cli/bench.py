@@ -12,6 +12,7 @@ import typer
 from lmmhooks.cli.output import JsonOption, console, note, print_json, print_table
 
 if TYPE_CHECKING:
+    from lmmhooks.bench.answers import AnswerCost
     from lmmhooks.bench.measure import VariantCost
     from lmmhooks.bench.timing import Spread
 
@@ -37,6 +38,9 @@ def bench(
     visual_tokens: Annotated[int | None, typer.Option(min=1, help="Visual tokens per prompt, where free.")] = None,
     decode_tokens: Annotated[int, typer.Option(min=0, help="Decode steps per round.")] = 16,
     repeat: Annotated[int, typer.Option(min=1, help="Rounds that count; each runs all alternatives.")] = 7,
+    image_side: Annotated[
+        int, typer.Option(min=28, help="Side in pixels of the images of methods that look before they answer.")
+    ] = 672,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; unset: float32 on CPU.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; unset: CUDA if there is one.")] = None,
     backend: Annotated[str | None, typer.Option(help="Attention backend; unset: the model's own choice.")] = None,
@@ -48,12 +52,15 @@ def bench(
     """Measure methods against the plain model, in interleaved rounds: prefill, decode step, memory, and the limit."""
     import torch
 
+    from lmmhooks.bench.answers import measure_answer
     from lmmhooks.bench.measure import measure_baseline, measure_disabled, measure_variant
     from lmmhooks.bench.options import load_target, resolve_device, resolve_dtype
+    from lmmhooks.bench.processors import build_processor, question
     from lmmhooks.bench.prompts import make_prompt
     from lmmhooks.bench.record import check_writable, write_record
     from lmmhooks.cli.compositions import split_methods
     from lmmhooks.errors import LmmhooksError
+    from lmmhooks.methods.registry import resolve
     from lmmhooks_eval.environment import describe
 
     if (model is None) == (config is None):
@@ -67,16 +74,21 @@ def bench(
     load = os.getloadavg()[0]
     place = resolve_device(device)
     kind = resolve_dtype(dtype, place)
-    target = load_target(model, config, layers, vision_layers, kind, place, backend)
+    target, processor = load_target(model, config, layers, vision_layers, kind, place, backend)
     prompt = make_prompt(target, batch=batch, text=text_tokens, visual=visual_tokens)
     note(f"{model or config}: {prompt.visual} visual and {prompt.text} text tokens, batch {batch}, {repeat} rounds")
 
     baseline = measure_baseline(target, prompt, repeat, decode_tokens)
     off = measure_disabled(target, prompt, variants[0], repeat, decode_tokens) if disabled and variants else None
-    measured = []
+    measured, answered = [], []
     for methods in variants:
         note(f"measuring {' + '.join(methods)}")
-        measured.append(measure_variant(target, prompt, methods, repeat, decode_tokens))
+        if any(resolve(text).kind == "refinement" for text in methods):
+            processor = processor or build_processor(target)
+            asked, size = question(text_tokens), (image_side, image_side)
+            answered.append(measure_answer(target, processor, methods, asked, size, repeat, max(decode_tokens, 1)))
+        else:
+            measured.append(measure_variant(target, prompt, methods, repeat, decode_tokens))
 
     record = {
         "kind": "bench",
@@ -93,6 +105,8 @@ def bench(
         "baseline": asdict(baseline),
         "disabled": None if off is None else {name: asdict(one) for name, one in off.items()},
         "variants": [asdict(variant) for variant in measured],
+        "answers": [asdict(variant) for variant in answered],
+        "image_side": image_side,
     }
     if out is not None:
         write_record(record, out)
@@ -109,6 +123,10 @@ def bench(
         header = ["method", *COLUMNS, "of native limit", "of two passes", "FLOPs (theory)", "memory"]
         print_table(header, rows)
         note("ratios to the plain model within each round: median [quartiles]; 'of native limit': decoder prefill")
+    if answered:
+        header = ["method", "answer", "of the plain model", "positions read", "images encoded"]
+        print_table(header, [_answer(variant) for variant in answered])
+        note(f"answers of {max(decode_tokens, 1)} tokens about images of {image_side} x {image_side} pixels")
 
 
 COLUMNS = ("vision", "decoder", "prefill", "decode")
@@ -122,6 +140,16 @@ def _row(variant: VariantCost) -> list[str]:
         _ratio(variant.over_two_passes),
         f"{variant.flops_ratio:.3f}",
         f"{(variant.peak_bytes - variant.peak_bytes_plain) / MIB:+.1f} MiB",
+    ]
+
+
+def _answer(variant: AnswerCost) -> list[str]:
+    return [
+        " + ".join(variant.methods),
+        f"{variant.milliseconds.median:.1f} ms",
+        _ratio(variant.ratio),
+        f"{variant.positions} ({variant.positions_plain})",
+        f"{variant.encoded} ({variant.encoded_plain})",
     ]
 
 
