@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from lmmhooks.methods.tensors import TensorSet
+from tests.clips import tiny_clip
 
 __all__ = ["ROWS", "Row"]
 
@@ -44,6 +46,11 @@ class Row:
         For a `lmmhooks.family.Family`, settings that `lmmhooks calibrate` would have left on record, by name.
     modes
         Way of running a prompt to a part of the reason for which ``generate`` refuses it.
+    answer
+        For methods that answer through `Patch.answer`: what that call is given beside image and question; None for the
+        others.
+    files
+        Writes what the method reads into a folder, and returns the settings that name it.
     """
 
     spec: str
@@ -52,6 +59,8 @@ class Row:
     refused: dict[str, str] = field(default_factory=dict)
     measured: Callable[[Any], dict[str, Any]] | None = None
     modes: dict[str, str] = field(default_factory=dict)
+    answer: dict[str, Any] | None = None
+    files: Callable[[Path], dict[str, Any]] | None = None
 
 
 #: Towers whose layers cannot do with fewer patches, and why.
@@ -61,6 +70,11 @@ WHOLE_TOWERS = {
     "qwen3_vl": "of all patches",
     "internvl": "more than attention and MLP",
 }
+
+#: Models whose number of visual tokens does not follow the size of the image.
+ONE_RESOLUTION = dict.fromkeys(
+    ("llava", "llava_next", "llava_onevision", "internvl"), "does not follow the size of the image"
+)
 
 #: Ways that are no beam search, and what a beam search says of them.
 NOT_BEAMS = {
@@ -72,6 +86,15 @@ NOT_BEAMS = {
 
 #: Ways of a method that answers through `Patch.answer` alone.
 NOT_GENERATED = dict.fromkeys(("decode", "padded batch", "two images", "beams", "sampling"), "call patch.answer")
+
+
+def answering(spec: str, *, files: Any = None, refused: dict[str, str] | None = None, **answer: Any) -> Row:
+    """Row of a method that answers through `Patch.answer` alone, which is given ``answer``."""
+    return Row(spec, after_prompt=True, modes=NOT_GENERATED, answer=answer, files=files, refused=refused or {})
+
+
+#: What a caller points at in the image of the tests.
+REGION = (12.0, 6.0, 44.0, 30.0)
 
 ROWS: dict[str, Row] = {
     "attention-identity": Row("attention-identity", changes=False),
@@ -160,6 +183,23 @@ ROWS: dict[str, Row] = {
     "dola": Row("dola(layers=(0, 1, 2), beta=0.0)"),
     "revisit": Row("revisit(beta=0.0)"),
     "only": Row("only(beta=0.0)"),
-    "mvp": Row("mvp", after_prompt=True, modes=NOT_GENERATED),
+    "mvp": answering("mvp"),
+    "carve": answering("carve(read_layers=(1, 2), max_new_tokens=3)"),
+    "vicrop-rel": answering("vicrop-rel(layer=1, base_size=20)"),
+    "vicrop-grad": answering("vicrop-grad(layer=1, base_size=20)"),
+    "vicrop-pure-grad": answering("vicrop-pure-grad(base_size=20)"),
+    "api": answering("api(layer=1, max_new_tokens=3)"),
+    "api-clip": answering("api-clip", files=tiny_clip),
+    "attwarp": answering("attwarp(layer=1, max_new_tokens=3, chain=2)"),
+    "fgvp": answering("fgvp(map='vicrop-rel(layer=1, base_size=20)')"),
+    "refine": answering("refine(map='vicrop-grad(layer=1, base_size=20)', operator='api(layer=1)')"),
+    "vl-sam": answering("vl-sam(max_new_tokens=3)"),
+    "controlmllm": answering("controlmllm(read_layers=(1, 2))", region=REGION),
+    "zoomeye": answering("zoomeye(side=20, cues='question', words=('Y', 'N'), max_depth=1)"),
+    "same-image-twice": answering("same-image-twice"),
+    "budget-matched": answering("budget-matched", refused=ONE_RESOLUTION),
+    "centre-crop": answering("centre-crop"),
+    "random-crop": answering("random-crop"),
+    "oracle-crop": answering("oracle-crop", region=REGION),
     "opera": Row("opera(num_attn_candidates=3)", after_prompt=True, modes=NOT_BEAMS),
 }

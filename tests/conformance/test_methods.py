@@ -12,12 +12,15 @@ import lmmhooks
 from lmmhooks.engines.records import Record, record_file, write_record
 from lmmhooks.family import resolve
 from lmmhooks.loading import identity
+from lmmhooks.prompting import answer
 from tests.conformance.table import ROWS
+from tests.engines.lookers import noise, without_sharing
+from tests.processing import processor_of
 from tests.zoo import FAMILIES, build
 
 # A batch pads its rows, which changes the order of summation and nothing else; largest difference seen is 8e-6.
 TOLERANCE = 5e-5
-MODES = ("prefill", "decode", "padded batch", "two images", "beams", "sampling")
+MODES = ("prefill", "decode", "padded batch", "two images", "beams", "sampling", "answer")
 #: What makes a call of ``generate`` one of a mode, where that is not greedy search.
 CALLS = {"beams": {"num_beams": 3, "do_sample": False}, "sampling": {"do_sample": True}}
 
@@ -59,19 +62,34 @@ def generate(model, inputs, **kwargs):
     return out.sequences[:, inputs["input_ids"].shape[1] :], torch.stack(out.logits, dim=1)
 
 
+@pytest.fixture(scope="module")
+def specs(tmp_path_factory):
+    """Methods as the table has them, with the files that they need."""
+
+    @functools.cache
+    def get(name):
+        row = ROWS[name]
+        if row.files is None:
+            return row.spec
+        return lmmhooks.method(row.spec, **row.files(tmp_path_factory.mktemp(name)))
+
+    return get
+
+
 @pytest.fixture
-def cell(request, models, support, name, row, family):
+def cell(request, models, specs, support, name, row, family):
     """The wrapped model; a refusal that the table announces ends the test as passed."""
     zoo = models(family)
+    spec = specs(name)
     mode = request.node.originalname.removeprefix("test_").replace("_", " ")
     if family in row.refused:
         with pytest.raises(lmmhooks.LmmhooksError, match=row.refused[family]):
-            lmmhooks.wrap(zoo.model, row.spec)
+            lmmhooks.wrap(zoo.model, spec)
         support.record(name, family, mode, f"refused: {row.refused[family]}")
         pytest.skip(f"refused by design: {row.refused[family]}")
     if mode in row.modes:
         with (
-            lmmhooks.wrap(zoo.model, row.spec),
+            lmmhooks.wrap(zoo.model, spec),
             pytest.raises(lmmhooks.LmmhooksError, match=row.modes[mode]),
         ):
             zoo.model.generate(**zoo.inputs(batch=1), **{"do_sample": False, **CALLS.get(mode, {})})
@@ -86,11 +104,11 @@ matrix = pytest.mark.parametrize(("name", "row", "family"), list(cells()))
 
 
 @matrix
-def test_prefill(cell, row):
+def test_prefill(cell, specs, name, row):
     inputs = cell.inputs(batch=1)
     with torch.no_grad():
         plain = cell.model(**inputs).logits[:, -1]
-        with lmmhooks.wrap(cell.model, row.spec):
+        with lmmhooks.wrap(cell.model, specs(name)):
             patched = cell.model(**inputs).logits[:, -1]
             again = cell.model(**inputs).logits[:, -1]
         after = cell.model(**inputs).logits[:, -1]
@@ -166,6 +184,28 @@ def test_sampling(cell, row):
         assert torch.equal(tokens, sample())
     if not row.changes:
         assert torch.equal(tokens, plain)
+
+
+@pytest.mark.parametrize(("name", "row", "family"), [cell for cell in cells() if cell.values[1].answer is not None])
+def test_answer(cell, specs, name, row, family, monkeypatch):
+    """Passes that share what they have in common answer about the same pictures as passes that read everything."""
+    processor = processor_of(family)
+    image, prompt = noise(60, 40), "What is it?"
+    kwargs = {"max_new_tokens": 4, "do_sample": False}
+
+    def answered():
+        with lmmhooks.wrap(cell.model, specs(name), processor=processor) as patch:
+            texts = [patch.answer(image, prompt, **kwargs, **row.answer) for _ in range(2)]
+            return texts, [one.tobytes() for one in getattr(patch._runtime.answering, "looked_at", [])]
+
+    plain = answer(cell.model, processor, image, prompt, **kwargs)
+    shared, pictures = answered()
+    assert shared[0] == shared[1], "what the first answer left behind reached the second"
+    without_sharing(monkeypatch)
+    assert answered() == (shared, pictures)
+    assert answer(cell.model, processor, image, prompt, **kwargs) == plain
+    if name != "mvp":
+        assert pictures
 
 
 @pytest.mark.parametrize("name", ROWS)

@@ -88,7 +88,7 @@ def test_attention_beside_branches_is_that_of_the_prompt_as_given(name, beside):
 
 def test_attention_beside_a_reducer_is_none_for_tokens_that_are_gone():
     (model, processor), (eager, _) = loaded("llava"), loaded("llava", "eager")
-    with looking(model, processor, IMAGE, "fastv(keep=5, k=2)", read=(1, 3)) as (look, _):
+    with looking(model, processor, IMAGE, "fastv(keep=5, layer=2)", read=(1, 3)) as (look, _):
         seen = look.watch(PROMPT, max_new_tokens=3)
     assert seen.rows.shape[-1] == 16
     expected = eager_rows(eager, build_inputs(processor, [IMAGE], PROMPT), (1,), 1)
@@ -99,11 +99,12 @@ def test_attention_beside_a_reducer_is_none_for_tokens_that_are_gone():
 # -- derivatives ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("beside", BESIDE, ids=lambda beside: "+".join(beside) or "alone")
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "beside"),
+    # Beside other methods, one model of each kind of positions.
+    [(name, beside) for name in MODELS for beside in BESIDE if not beside or name in ("llava", "qwen3_vl")],
+)
 def test_the_gradient_is_that_of_the_whole_graph(name, beside):
-    if beside and name not in ("llava", "qwen3_vl"):
-        pytest.skip("beside other methods, one model of each kind of positions")
     (model, processor), (eager, _) = loaded(name, dtype=torch.float64), loaded(name, "eager", torch.float64)
     inputs = build_inputs(processor, [IMAGE], PROMPT, dtype=torch.float64)
     positions = visual(model, inputs)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
 
 import lmmhooks
 from lmmhooks.errors import MethodError
 from lmmhooks.methods.refinement.api_clip import contributions, joined, load_clip
 from lmmhooks.methods.refinement.operators import fade
 from lmmhooks.prompting import answer
+from tests.clips import tiny_clip
 from tests.methods.looked import PROMPT, looked, models, picture  # noqa: F401 # fixtures
 from tests.reference import looking_again as naive
 
@@ -22,24 +20,7 @@ from tests.reference import looking_again as naive
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
     """Folder of a tiny CLIP with random weights and a tokenizer of single letters."""
-    folder = tmp_path_factory.mktemp("clip")
-    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
-    words = [*letters, *(f"{letter}</w>" for letter in letters), "?</w>", "<|startoftext|>", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({word: index for index, word in enumerate(words)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = CLIPTokenizer.from_pretrained(folder, model_max_length=20)
-    shared = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
-    text = CLIPTextConfig(**shared, vocab_size=len(words), max_position_embeddings=20, eos_token_id=len(words) - 1)
-    vision = CLIPVisionConfig(**shared, image_size=28, patch_size=4)
-    torch.manual_seed(0)
-    model = CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=16))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn_like(parameter) * 0.3)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}).save_pretrained(folder)
-    return str(folder)
+    return tiny_clip(tmp_path_factory.mktemp("clip"))["clip"]
 
 
 def test_contributions_sum_to_the_attention_of_the_class_token(clip):

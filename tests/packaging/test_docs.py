@@ -42,6 +42,8 @@ def test_cells_tell_all_from_some_from_refused(builder) -> None:
     assert builder._cell(every) == "all"
     assert builder._cell({**every, "beams": "refused: why"}) == "prefill, decode, padded batch, two images, sampling"
     assert builder._cell(dict.fromkeys(builder.MODES, "refused: no CLS token")) == "refused: no CLS token"
+    refused = {**dict.fromkeys(builder.MODES[1:], "refused: call patch.answer"), "prefill": "yes", "answer": "yes"}
+    assert builder._cell(refused) == "prefill, answer"
     assert builder._cell({}) == "not tested"
 
 
@@ -50,7 +52,7 @@ def test_support_matrix_covers_every_method_and_family(builder) -> None:
     assert set(matrix) == set(lmmhooks.methods()), "run `make support`"
     families = {frozenset(row) for row in matrix.values()}
     assert len(families) == 1, "every method was tried on every family"
-    assert {mode for row in matrix.values() for modes in row.values() for mode in modes} == set(builder.MODES)
+    assert {mode for row in matrix.values() for modes in row.values() for mode in modes} == {*builder.MODES, "answer"}
 
 
 def test_result_files_say_where_they_come_from() -> None:
