@@ -41,7 +41,7 @@ SWEEPS = {"reduction-sweep": "llava", "reduction-sweep-qwen": "qwen2_5_vl"}
 #: windows scale with depth and grid, four pivots of each kind would be most of seven tokens, and ranks do not grow with
 #: the image.
 DIFFERS = {
-    *("sink_dims", "clip", "layer", "layers", "window", "pivots", "text_pivots", "scale", "bias"),
+    *("sink_dims", "clip", "layer", "layers", "read_layers", "window", "pivots", "text_pivots", "scale", "bias"),
     *("matcher", "relevance"),
     *("keep", "budget", "second", "num_top", "num_keep", "topk"),
 }
@@ -51,6 +51,7 @@ MODES = {"do_sample", "temperature", "top_p", "top_k", "num_beams"}
 CONTROLS = ("decoding-controls", "decoding-controls-qwen")
 CONTROLS_SAMPLING = ("decoding-controls-sampling", "decoding-controls-sampling-qwen")
 BEAMS = "decoding-controls-beams"
+REFINEMENT = {"refinement": "llava", "refinement-qwen": "qwen2_5_vl"}
 #: Reducers and decoding methods whose twins are run in full by the tests: one of every engine and kind of branch.
 RUN = ("visionzip", "tome", "sparsevlm", "yopo", "look-m", "tvc", "vcd", "icd", "sid", "deco", "opera", "olm")
 
@@ -178,6 +179,15 @@ def test_the_sweeps_hold_every_reducer_that_serves_their_model(name: str) -> Non
     assert {method.id for built in methods.values() for method in built} == serving
 
 
+@pytest.mark.parametrize("name", REFINEMENT)
+def test_the_refinement_recipes_hold_every_method_that_serves_their_model(name: str) -> None:
+    methods = recipes.load(name).methods()
+    # A CLIP to look with would have to be downloaded.
+    serving = methods_of_kind("refinement") - {"api-clip"}
+    serving = {method for method in serving if REFINEMENT[name] not in ROWS[method].refused}
+    assert {method.id for built in methods.values() for method in built} == serving
+
+
 @pytest.mark.parametrize("name", SWEEPS)
 def test_swept_shares_are_what_methods_are_given(name: str) -> None:
     """A sweep may set keep only where that is the mean over layers: one cut, before the decoder."""
@@ -195,7 +205,7 @@ def test_swept_shares_are_what_methods_are_given(name: str) -> None:
 
 @pytest.mark.parametrize("model", ["tiny-llava", "tiny-qwen"])
 def test_every_variant_fits_the_model_of_its_recipe(model: str) -> None:
-    shipped = [recipes.load(name) for name in (*OFFLINE, *SWEEPS, *CONTROLS, *CONTROLS_SAMPLING, BEAMS)]
+    shipped = [recipes.load(name) for name in (*OFFLINE, *SWEEPS, *CONTROLS, *CONTROLS_SAMPLING, BEAMS, *REFINEMENT)]
     here = [recipe for recipe in shipped if recipe.model == model]
     assert here
     patched, processor = load_model(here[0])
