@@ -102,7 +102,7 @@ def visit(browser):
     def go(url: str, *, width: str = "desktop", scheme: str = "light") -> Visit:
         context = browser.new_context(viewport={"width": WIDTHS[width], "height": 900}, color_scheme=scheme)
         contexts.append(context)
-        context.set_default_timeout(60_000)
+        context.set_default_timeout(180_000)
         here = url if url.startswith("file:") else "/".join(url.split("/")[:3]) + "/"
         visited = Visit(context.new_page())
 

@@ -245,7 +245,8 @@ def test_every_branch_is_compressed_on_its_own(decoding):
             one_tokens, one_logits, _ = generate(zoo, zoo.row(inputs, row))
             torch.testing.assert_close(logits[row], one_logits[0], atol=5 * TOLERANCE, rtol=0)
             assert torch.equal(tokens[row], one_tokens[0])
-    assert torch.equal(logits[:, 0], alone[:, 0])
+    # A short branch is read by itself where nothing else acts, so that sums are taken in another order.
+    torch.testing.assert_close(logits[:, 0], alone[:, 0], atol=TOLERANCE, rtol=0)
     assert (logits[:, 1] - alone[:, 1]).abs().max() > 1e-2
     assert len(lengths) == 4
 

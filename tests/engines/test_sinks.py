@@ -111,9 +111,9 @@ class Prompts:
     def apply_chat_template(self, messages, **kwargs):
         return messages[0]["content"][-1]["text"]
 
-    def __call__(self, images, text, return_tensors):
+    def __call__(self, text, images=((),), **kwargs):
         self.asked += 1
-        return BatchFeature(self.zoo.inputs(images=len(images or ()), text=20, seed=self.asked))
+        return BatchFeature(self.zoo.inputs(images=len(images[0]), text=20, seed=self.asked))
 
 
 def test_channels_that_come_with_the_image_are_kept_apart():

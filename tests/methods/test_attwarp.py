@@ -169,7 +169,7 @@ def test_sizes_and_the_cap(models, picture, monkeypatch):  # noqa: F811
     _, _, shown = looked(monkeypatch, model, processor, "attwarp(max_magnification=1, show='both')", picture)
     assert shown[0].tobytes() == shown[1].tobytes(), "no column may become wider, so none can become narrower"
     plain = answer(model, processor, picture, PROMPT, max_new_tokens=4)
-    for spec in ("attwarp(max_magnification=1)", "refine(operator='attwarp(max_magnification=1)')"):
+    for spec in ("attwarp(max_magnification=1)", "refine(map='vicrop-rel', operator='attwarp(max_magnification=1)')"):
         with lmmhooks.wrap(model, spec, processor=processor) as patch:
             assert patch.attached == []
             assert patch.answer(picture, PROMPT, max_new_tokens=4) == plain

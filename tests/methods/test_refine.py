@@ -59,7 +59,7 @@ def test_settings_of_both_are_filled_in_and_checked(models):  # noqa: F811
         [method] = patch.methods
         assert (method.source.layer, method.painter.layer) == (4, 5)
         assert lmmhooks.methods.resolve(method.spec()) == method
-    for spec in ("refine(map='vicrop-rel(layer=9)')", "refine(operator='api(layer=9)')"):
+    for spec in ("refine(map='vicrop-rel(layer=9)')", "refine(map='vicrop-rel', operator='api(layer=9)')"):
         with pytest.raises(MethodError, match="layer=9 is not allowed"):
             lmmhooks.wrap(model, spec, processor=processor)
 

@@ -309,8 +309,8 @@ def test_things_are_asked_for_with_examples_and_without_the_image(models, pictur
         looker = type(patch._runtime.answering.asker(Prompter(processor), picture, QUESTION, {}))
         original = looker._inputs
 
-        def inputs(self, images, prompt, turns=()):
-            found = original(self, images, prompt, turns)
+        def inputs(self, images, prompt, *rest):
+            found = original(self, images, prompt, *rest)
             told.append((len(images), processor.tokenizer.decode(found["input_ids"][0])))
             return found
 

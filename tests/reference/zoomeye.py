@@ -130,7 +130,7 @@ def global_views(image: Image.Image, box: Box, side: int, color: Any) -> list[Im
 
 def yes(model: Any, processor: Any, images: list[Image.Image], text: str, words: tuple[str, str]) -> float:
     """Confidence from a full forward over a prompt that is already written out, images and all."""
-    inputs = processor(images=images, text=[text], return_tensors="pt")
+    inputs = processor(images=[list(images)], text=[text], return_tensors="pt")
     with torch.no_grad():
         logits = model(**inputs, use_cache=False).logits[0, -1].float()
     ids = [processor.tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in words]
