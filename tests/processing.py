@@ -5,6 +5,9 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+import pytest
+import transformers
+from packaging.version import Version
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     InternVLProcessor,
@@ -94,6 +97,8 @@ def processor_of(family: str) -> Any:
             **common,
         )
     if family == "internvl":
+        if Version(transformers.__version__) < Version("5.20"):
+            pytest.skip("InternVL's processor of older transformers counts patches of tensors with NumPy, which fails")
         prepare = GotOcr2ImageProcessorPil(
             size={"height": 16, "width": 16}, crop_to_patches=True, min_patches=1, max_patches=4
         )
