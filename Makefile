@@ -91,15 +91,15 @@ bench-reduction: env ## measure the tables of reducers at 576 tokens (half an ho
 	$(REDUCE) --layers 2 --vision-layers 24 --config llava-1.5-7b-shape $(REDUCTION_TOWER) --method "tome(r=8)" \
 	  --method "tome(r=16)" --out $(RESULTS)/reduction-tower-llava-1.5-7b.json
 
-# One method of every kind of selection; four decoder layers, two at 8,192 tokens, where a layer costs what twenty cost at
-# 576. Few layers weigh selection the more: at full depth it is paid once for 28 or 32 of them.
+# One method of every kind of selection; four decoder layers, two at 8,192 tokens, where a layer costs the
+# most. Few layers weigh selection the more: at full depth it is paid once for 28 or 32 of them.
 LONG_METHODS ?= $(foreach id,random fastervlm visionzip divprune,--method "$(id)(budget=$(BUDGET))") \
   --method "fastv(layer=1, keep=$(BUDGET))" --method "dart(layer=1, keep=$(BUDGET))" --method pbs
 LONGEST_METHODS ?= $(foreach id,random fastervlm divprune,--method "$(id)(budget=$(BUDGET))") \
   --method "fastv(layer=1, keep=$(BUDGET))" --method pbs
 REDUCE_LONG = $(REDUCE) --vision-layers 1
 
-bench-reduction-long: env ## the same for seven methods at 2,880, 1,296 and 8,192 tokens (half an hour), then run `make docs`
+bench-reduction-long: env ## the same for seven methods at 2,880, 1,296 and 8,192 tokens (hours for the last), then run `make docs`
 	$(REDUCE_LONG) $(LONG_METHODS) --config llava-next-7b-shape --layers 4 --out $(RESULTS)/reduction-llava-next-7b.json
 	$(REDUCE_LONG) $(LONG_METHODS) --config qwen2.5-vl-7b-shape --visual-tokens 1296 --layers 4 \
 	  --out $(RESULTS)/reduction-qwen2.5-vl-7b-1296.json

@@ -32,6 +32,7 @@ MODES = ("prefill", "decode", "padded batch", "two images", "beams", "sampling")
 #: The way of methods that ``generate`` refuses.
 ANSWER = "answer"
 MIB = 1 << 20
+NO_RESULTS = "No run has been stored yet.\n"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -237,7 +238,8 @@ def decoding() -> str:
 def refinement() -> str:
     """Write what methods that look again do to answers, one section per model."""
     found = sorted(SCORES.glob("refinement-*.json"))
-    return "\n".join(refinement_page(json.loads(path.read_text(encoding="utf-8")), path.name) for path in found)
+    pages = [refinement_page(json.loads(path.read_text(encoding="utf-8")), path.name) for path in found]
+    return "\n".join(pages) or NO_RESULTS
 
 
 def localisation() -> str:
@@ -247,7 +249,7 @@ def localisation() -> str:
         record = json.loads(path.read_text(encoding="utf-8"))
         pictures = [name for name in record["tasks"] if path.with_name(f"{path.stem}-{name}.png").exists()]
         parts.append(localisation_page(record, path.name, pictures))
-    return "\n".join(parts)
+    return "\n".join(parts) or NO_RESULTS
 
 
 SECTIONS = {

@@ -195,3 +195,24 @@ def test_compare_shows_it_beside_methods_that_generate(loaded: tuple[Any, Any], 
     assert mvp.total_ms > 0
     page = comparison.to_html(tmp_path / "page.html").read_text(encoding="utf-8")
     assert "several generations" in page
+
+
+def test_only_methods_that_have_to_be_told_where_to_look_are_told(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: dict[str, list[Any]] = {}
+    original = lmmhooks.Patch.answer
+
+    def answer(self: Any, image: Any, prompt: str, **kwargs: Any) -> str:
+        told.setdefault(self.methods[0].id, []).append(kwargs.get("region"))
+        return original(self, image, prompt, **kwargs)
+
+    monkeypatch.setattr(lmmhooks.Patch, "answer", answer)
+    variants = {"oracle": "oracle-crop", "centre": "centre-crop"}
+    tasks = [{"name": "scenes-small", "generation": {"max_new_tokens": 2}}]
+    assert run(_recipe(model_folder, tasks=tasks, variants=variants, self_test=0), tmp_path / "told") == []
+    task = get_task("scenes-small")
+    assert task.region is not None
+    # Batches ask documents in an order of their own.
+    assert sorted(told.pop("oracle-crop")) == sorted(task.region(doc) for doc in task.load()[:5])
+    assert told == {"centre-crop": [None] * 5}
